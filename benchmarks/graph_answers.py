@@ -31,6 +31,7 @@ from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load
 from hf_faim2f.export.candidates import keep_all
 from hf_faim2f.export.graph_file import layers_with_weights, logits_of, name_nodes
 from hf_faim2f.export.onnx import export_onnx
+from hf_faim2f.model.image_files_faim2f import IMAGE_FORMATS
 
 MODEL, SIZE = "fai-mf-m-ade", (640, 640)
 
@@ -80,7 +81,7 @@ def images_for(model: Path, folder: Path) -> list[np.ndarray]:
     processor = FaiM2FImageProcessor.from_pretrained(model)
     found = []
     for path in sorted(folder.iterdir())[::10]:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             found.append(processor(image.convert("RGB"), return_tensors="np")["pixel_values"])
     return found
 

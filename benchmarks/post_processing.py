@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.model import focoos_post_processing_faim2f as focoos
 from hf_faim2f.model import post_processing_faim2f as post
+from hf_faim2f.model.image_files_faim2f import IMAGE_FORMATS
 
 QUERIES, GRID, TARGET, LARGE = 100, (160, 160), (640, 640), (4096, 4096)
 CLASSES = {"semantic": 150, "panoptic": 150, "instance": 80}
@@ -93,7 +94,7 @@ def trained_logits(model: str, folder: str) -> list[Case]:
     processor = FaiM2FImageProcessor.from_pretrained(model)
     cases = []
     for path in sorted(Path(folder).iterdir())[::10]:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             inputs = processor(image.convert("RGB"), return_tensors="pt")
             size = image.height, image.width
         with torch.inference_mode():

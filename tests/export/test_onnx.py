@@ -49,8 +49,8 @@ NETWORK = {
 }  # fmt: skip
 # Node types that post-processing adds.
 POST_PROCESSING = {
-    "ArgMax", "Div", "Equal", "Gather", "GatherElements", "Greater", "Not", "Or", "ReduceSum", "Sigmoid", "Slice",
-    "Squeeze", "Sub", "TopK", "Where",
+    "ArgMax", "Div", "Equal", "Gather", "GatherElements", "Greater", "IsNaN", "Less", "Min", "Not", "Or", "Pad",
+    "ReduceMin", "ReduceSum", "Sigmoid", "Slice", "Squeeze", "Sub", "TopK", "Where",
 }  # fmt: skip
 NEVER = {"If", "Loop", "Scan", "Einsum", "NonZero", "BatchNormalization", "SequenceAt", "Random", "Dropout"}
 
