@@ -1,10 +1,11 @@
 """Semantic outputs in a graph: only classes that can win some pixel are resized to the image and compared.
 
 The plain graph resizes the sums of all classes to the image, and spends most of its time on classes that win nowhere. A
-pixel of the image is interpolated from the four corners of a cell of the grid of sums. A class whose sum is smaller at
-all four corners than that of another class, the cell's champion, wins none of the cell's pixels. A class that is beaten
-so in every cell is skipped. Which classes are left depends on the image, so the number of channels is dynamic. TensorRT
-does not support that; `keep_all` restores the plain graph for it.
+pixel of the image is interpolated from the four corners of a cell of the grid of sums. The cell's champion is the mean
+of the classes that win at its corners; at each of its pixels, one of them is at least as high. So a class that is below
+the champion at all four corners wins none of the cell's pixels, and one that is below in every cell is skipped. Which
+classes are left depends on the image, so the number of channels is dynamic. TensorRT does not support that; `keep_all`
+restores the plain graph for it.
 
 `model/argmax_faim2f.py` has the same purpose in torch, but fills whole tiles and cells.
 """
@@ -16,8 +17,8 @@ import onnx_ir
 
 # Champions are sought among the classes with the highest mean probability. Few images have more classes than this.
 LEADERS = 16
-# The first so many classes may be enough, if all others are beaten even as one class with, for each query, the highest
-# of their probabilities. Their sums are then never computed.
+# Numbers of classes, those with the highest mean probability, whose sums may be enough. They are, if even an upper bound
+# of all others is below every champion: a class that has, for each query, the highest of their probabilities.
 LEVELS = (16, 24, 32, 40, 48, 64, 96)
 # Tolerance for rounding in sums and their interpolation: a share of the champion's sum, and an amount for sums so small
 # that float32 rounds them coarsely.
