@@ -17,8 +17,8 @@ import onnx_ir
 
 # Champions are sought among the classes with the highest mean probability. Few images have more classes than this.
 LEADERS = 16
-# Numbers of classes, those with the highest mean probability, whose sums may be enough. They are, if even an upper bound
-# of all others is below every champion: a class that has, for each query, the highest of their probabilities.
+# Numbers of classes, those with the highest mean probability, whose sums may be enough. They are if an upper bound of
+# all others is below every champion: a class that has, for each query, the highest of their probabilities.
 LEVELS = (16, 24, 32, 40, 48, 64, 96)
 # Tolerance for rounding in sums and their interpolation: a share of the champion's sum, and an amount for sums so small
 # that float32 rounds them coarsely.
