@@ -251,6 +251,8 @@ def test_labels_without_an_image_are_said(tmp_path: Path, monkeypatch: pytest.Mo
     write(root / "labels" / "train" / "c.txt", line(3, TRIANGLE))
     write(root / "val.txt", "images/train/a.jpg\n")
     write(root / "labels" / "train" / "empty.txt", "")
+    write(root / "labels" / "train" / "._a.txt", "of macOS")
+    (root / "labels" / "train" / "broken.txt").symlink_to(tmp_path / "nothing")
     assert len(load_yolo(yolo(root, val="val.txt"), "val")) == 1 and not told
     # The image has another name than its labels, so it counts as an image without objects.
     (root / "images" / "train" / "c.jpg").rename(root / "images" / "train" / "c-1.jpg")

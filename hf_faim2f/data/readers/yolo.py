@@ -288,7 +288,8 @@ def _warn_of_spare_labels(images: Iterable[Path], root: Path) -> None:
         if labels is None or not labels.parent.is_dir():
             continue
         stems = {path.stem for path in folder.iterdir()}
-        spare = sorted(path for path in labels.parent.glob("*.txt") if path.stem not in stems and path.stat().st_size)
+        files = (path for path in labels.parent.glob("[!.]*.txt") if path.is_file() and path.stat().st_size)
+        spare = sorted(path for path in files if path.stem not in stems)
         if spare:
             number = f"{len(spare)} label files" if len(spare) > 1 else "a label file"
             logger.warning_once(
