@@ -302,6 +302,7 @@ def test_memory_is_what_the_run_takes(model_folder: Path) -> None:
         assert 0.9 < more / (batch_size * GREED) < 1.2
 
 
+@pytest.mark.large
 def test_a_process_that_fails_says_why() -> None:
     with pytest.raises(PredictorError, match=r"^There is nothing to open\.$"):
         measure_memory(open_nothing, photographs()[:1], None, [1])

@@ -217,6 +217,7 @@ def completed(script: Path, *words: str, folder: Path | None = None) -> list[str
     return done.stdout.split()
 
 
+@pytest.mark.large
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_bash_completes(script: Path, tmp_path: Path) -> None:
     assert completed(script, "ex") == ["export"]
@@ -382,6 +383,7 @@ def test_output_is_plain_where_there_is_no_terminal(
             assert sign not in said, said.decode()
 
 
+@pytest.mark.large
 def test_a_bar_is_there_on_a_terminal(model: Path, images: Path, tmp_path: Path) -> None:
     """Shows that the test above can fail."""
     here, there = pty.openpty()

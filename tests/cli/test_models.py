@@ -130,7 +130,7 @@ def test_parameters_are_those_of_the_networks() -> None:
         ["predict", TINY, "photos", "--out", "out", "--no-overlays"],
         ["export", "onnx", TINY, "out", "--size", "64x64", "--batch", "1", "--no-check"],
         ["card", TINY, "--license", "apache-2.0"],
-        ["push", TINY, "me/tiny", "--dry-run", "--weights-url"],
+        pytest.param(["push", TINY, "me/tiny", "--dry-run", "--weights-url"], marks=pytest.mark.large),
     ],
     ids=lambda command: command[0],
 )
@@ -202,7 +202,7 @@ def test_training_on_a_published_backbone(mirror: WeightsServer, monkeypatch: py
     assert load_config(TINY).num_labels == 150 and start.model.config.num_labels == 2
 
 
-@pytest.mark.slow  # measures memory in another process
+@pytest.mark.large  # measures memory in another process
 def test_benchmark_of_a_published_name(mirror: WeightsServer, tmp_path: Path) -> None:
     name = "fai-m2f-s-ade"
     mirror.files[path_of(FAMILY[name].weights_url)] = focoos_file(name)
@@ -213,7 +213,7 @@ def test_benchmark_of_a_published_name(mirror: WeightsServer, tmp_path: Path) ->
     assert len(mirror.asked) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_quantize_exports_a_published_name_first(mirror: WeightsServer, tmp_path: Path) -> None:
     assert main(["quantize", TINY, "int8", "--images", "photos", "--max-error", "1"]) == 0
     assert (tmp_path / "int8" / "quantization.json").is_file()

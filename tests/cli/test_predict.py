@@ -422,11 +422,9 @@ sys.exit(status)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="The peak of memory is read as Linux tells it.")
-@pytest.mark.parametrize(
-    "subtask", ["panoptic", *(pytest.param(name, marks=pytest.mark.large) for name in ("semantic", "instance"))]
-)
+@pytest.mark.parametrize("subtask", ["panoptic", "semantic", "instance"])
 def test_a_photograph_of_24_megapixels_takes_bounded_memory(subtask: str, tmp_path: Path) -> None:
     """The whole command with 150 classes: the class scores at full size alone would take 14 GB."""
     config = lively_model().config

@@ -547,7 +547,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.large)])
 def test_an_interrupt_leaves_a_film_that_plays(number: int, tiny: Path, tmp_path: Path) -> None:
     write_film(tmp_path / "clip.mp4", numbered(60), sound="aac", sound_seconds=2.4)
     words = ["predict", str(tiny), "clip.mp4", "--out", "out", "--threshold", "0.999"]

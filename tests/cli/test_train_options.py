@@ -158,6 +158,7 @@ def test_a_mistake_is_refused_before_the_training(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.large
 @pytest.mark.newest_only
 def test_the_batch_that_fits_is_recorded_and_resumed(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -273,6 +274,7 @@ def test_precision_auto_is_what_the_device_multiplies_and_stays_in_a_resumed_run
     assert "Precision auto: bf16, as before." in capsys.readouterr().out
 
 
+@pytest.mark.large
 def test_a_teacher_and_pictures_without_labels(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -357,7 +357,7 @@ def test_forms_of_a_checkpoint(swin: tuple[Any, dict[str, np.ndarray]], tmp_path
 
 
 @pytest.mark.newest_only
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize(
     ("name", "backbone"),
     [

@@ -124,6 +124,7 @@ def test_other_sources(decoder_layers: int) -> None:
 
 
 class TestCommand:
+    @pytest.mark.large
     def test_loads_with_transformers_alone(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         model = with_several_segments()
         model.config.postprocessing_type, model.config.label_ids_to_fuse = "panoptic", [2]

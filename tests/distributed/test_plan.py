@@ -361,6 +361,7 @@ for tried in range(20):
 """
 
 
+@pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="Processes die as they do on Linux.")
 def test_images_that_kill_workers_are_left_out(model_folder: Path, photos: Path, tmp_path: Path) -> None:
     """Workers die three times, then twice more at each of the two images; the next worker completes the others."""

@@ -92,11 +92,12 @@ def test_it_is_evaluated_and_predicts(trained: Path, data: Path, tmp_path: Path)
         predictor(Image.fromarray(shapes(0)[0]))
 
 
+@pytest.mark.large
 def test_remote_code_loads_it(trained: Path) -> None:
     check_loading(list_files(trained))
 
 
-@pytest.mark.parametrize("input_name", ["pixel_values", "image"])
+@pytest.mark.parametrize("input_name", ["pixel_values", pytest.param("image", marks=pytest.mark.large)])
 def test_it_is_exported(trained: Path, tmp_path: Path, input_name: str) -> None:
     export_onnx(trained, tmp_path / "onnx", size=(64, 64), input_name=input_name)
     graph, torch_ = Predictor.from_pretrained(tmp_path / "onnx", "onnxruntime"), Predictor.from_pretrained(trained)

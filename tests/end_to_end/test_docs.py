@@ -392,7 +392,7 @@ def flags_of(parser: Any) -> Iterator[str]:
                 yield from flags_of(below)
 
 
-@pytest.mark.slow  # MkDocs imports all commands and reads all sources
+@pytest.mark.large  # MkDocs imports all commands and reads all sources
 def test_the_site_builds_and_loads_nothing_from_other_hosts(site: dict[str, Loaded]) -> None:
     docs = ROOT / "docs"
     pages = {path.relative_to(docs).with_suffix(".html").as_posix() for path in docs.rglob("*.md")}
@@ -405,7 +405,7 @@ def test_the_site_builds_and_loads_nothing_from_other_hosts(site: dict[str, Load
     assert any(page.addresses for page in site.values())
 
 
-@pytest.mark.slow  # as above
+@pytest.mark.large  # as above
 def test_the_site_has_every_flag_and_every_name(site: dict[str, Loaded]) -> None:
     text = site["reference/command-line.html"].text
     for name, command in COMMANDS.items():

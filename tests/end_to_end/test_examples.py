@@ -81,7 +81,7 @@ def test_the_pipeline_writes_masks(photographs: tuple[Path, list[Counter[str]]],
 
 
 @pytest.mark.newest_only
-@pytest.mark.slow  # exports and builds an engine
+@pytest.mark.large  # exports and builds an engine
 def test_exported_and_run(
     photographs: tuple[Path, list[Counter[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

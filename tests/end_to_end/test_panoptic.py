@@ -258,6 +258,7 @@ def test_two_processes_write_what_one_does(trained: Path, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["predictions"]
 
 
+@pytest.mark.large
 def test_predictions_overlays_and_the_pipeline_fuse_by_the_configuration(trained: Path, tmp_path: Path) -> None:
     photos = trained / "coco" / "val2017"
     folder, out = trained / "run" / "final", tmp_path / "out"

@@ -143,7 +143,7 @@ def test_the_source_distribution_builds_the_same_wheel(built: Built, tmp_path: P
 
 
 # Slow because new processes import torch, and one of them every module: the installed package itself is tested.
-@pytest.mark.slow
+@pytest.mark.large
 def test_it_works_where_it_is_installed(built: Built, tmp_path: Path) -> None:
     home, inputs, empty = tmp_path / "environment", tmp_path / "inputs", tmp_path / "empty"
     venv.create(home, symlinks=True, with_pip=False)

@@ -87,7 +87,7 @@ def refuse(self: Any) -> None:
     raise ValueError("no token")
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_it_trains_and_pushes_offline(tmp_path: Path) -> None:
     """On Parquet files, to a small local Hub, in a process that gets only its arguments."""
     data = write_tree("hub", tmp_path / "data", 3)

@@ -58,7 +58,10 @@ class End:
         return self.session.run(None, dict(zip(self.names, given, strict=True)))
 
 
-@pytest.fixture(scope="module", params=list(GRAPHS))
+@pytest.fixture(
+    scope="module",
+    params=[name if name == "any" else pytest.param(name, marks=pytest.mark.large) for name in GRAPHS],
+)
 def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[End, End, str, int]:
     """An exported graph, the same with all classes compared, its name, and the number of its classes."""
     folder = tmp_path_factory.mktemp("graphs")

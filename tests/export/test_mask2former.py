@@ -100,7 +100,7 @@ def test_swin_for_graphs_equals_transformers(window: int, patch: int, stages: li
 
 
 @pytest.mark.slow  # exports and builds an engine for each
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", [pytest.param("swin", marks=pytest.mark.large), "resnet"])
 def test_a_fixed_size(backbone: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Everything static is folded, and the graph's outputs equal those of the model and its processor."""
     out = tmp_path / "out"

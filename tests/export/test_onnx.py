@@ -37,7 +37,6 @@ from hf_faim2f.export.quantize import quantize
 from hf_faim2f.export.tensorrt import export_tensorrt
 from hf_faim2f.runtime import Predictor
 from tests.support import forks
-from tests.support.published_models import mark_large
 from tests.support.reference_models import BISENET, MODELS, reference_model, small_model
 
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
@@ -257,7 +256,7 @@ def test_a_fixed_size(folder: Path, parts: Any, tmp_path: Path, capsys: pytest.C
     assert counted.nodes["MatMul"] > 50 and "GMACs" in str(counted)
 
 
-@pytest.mark.slow  # exports
+@pytest.mark.large  # exports
 @pytest.mark.newest_only
 def test_an_exporter_that_returns_torch_s_program(
     folder: Path, parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -285,12 +284,12 @@ def test_a_report_of_a_graph_of_any_size_needs_one(exported: tuple[Path, str], p
     assert count(path, batch=2, size=SIZE).macs == counter.get_total_flops() / 2
 
 
-@pytest.mark.slow  # exports instances
+@pytest.mark.large  # exports instances
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
         pytest.param("semantic", ["--batch", "2", "--size", "96x128"], id="semantic"),
-        pytest.param("instances", [], id="instances of any number and size", marks=pytest.mark.large),
+        pytest.param("instances", [], id="instances of any number and size"),
     ],
 )
 def test_bytes_in_and_answers_out(kind: str, options: list[str], folder: Path, parts: Any, tmp_path: Path) -> None:
@@ -350,6 +349,7 @@ def test_bisenetformer_of_any_number_and_size(kind: str, tmp_path: Path) -> None
     assert FaiM2FImageProcessor.from_pretrained(tmp_path / "out").mask_stride == 8
 
 
+@pytest.mark.large
 def test_resnet_d_of_any_number_and_size(tmp_path: Path) -> None:
     """The backbone of Focoos's large and COCO models. Its pooling rounds odd sizes up."""
     backbone = RTDetrResNetConfig(embedding_size=8, hidden_sizes=[16, 32, 64, 128], depths=[1, 2, 1, 1])
@@ -363,6 +363,7 @@ def test_resnet_d_of_any_number_and_size(tmp_path: Path) -> None:
         assert max(error(ours[key], theirs[key]) for key in ours) < 1e-4, size
 
 
+@pytest.mark.large
 def test_half_precision(folder: Path, parts: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_onnx(folder, out, size=SIZE, batch=2, precision="fp16")
@@ -376,8 +377,8 @@ def test_half_precision(folder: Path, parts: Any, tmp_path: Path) -> None:
     assert 1e-5 < max(error(ours[name], theirs[name]) for name in ours) < 0.1
 
 
-@pytest.mark.slow  # full-size models
-@pytest.mark.parametrize("name", mark_large(MODELS))
+@pytest.mark.large  # full-size models
+@pytest.mark.parametrize("name", MODELS)
 def test_every_member_of_the_family(name: str, tmp_path: Path) -> None:
     """With the reference weights. Random weights would not do: with nine layers, rounding decides what a query attends
     to, and torch's own outputs vary by a few percent."""
@@ -451,6 +452,7 @@ def test_exports_name_libraries_that_are_missing(kind: str, of_graph: int, folde
     assert done.returncode == 2 and done.error.count("\n") == 1 and f"pip install 'hf-faim2f[{extra}]'" in done.error
 
 
+@pytest.mark.large
 def test_a_graph_that_does_not_agree_is_not_kept(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,10 +479,13 @@ def test_a_graph_that_does_not_agree_is_not_kept(
         (*(("hf_faim2f.export.optimum", "export_graph") if HAS_OPTIMUM else
            ("hf_faim2f.export.onnx", "_export_by_transformers")),
          "a backbone of type 'faim2f_stdc', cannot be exported to ONNX (RuntimeError: no such operator)"),
-        ("hf_faim2f.export.candidates", "keep_candidates", "cannot be exported to ONNX (RuntimeError: no such"),
+        pytest.param(
+            "hf_faim2f.export.candidates", "keep_candidates", "cannot be exported to ONNX (RuntimeError: no such",
+            marks=pytest.mark.large,
+        ),
         pytest.param(
             "onnxruntime", "InferenceSession", "cannot open the exported graph (RuntimeError: no such operator)",
-            marks=pytest.mark.newest_only,  # Optimum itself opens the graph
+            marks=[pytest.mark.newest_only, pytest.mark.large],  # Optimum itself opens the graph
         ),
     ],
 )  # fmt: skip
@@ -565,10 +570,7 @@ def rounded_model() -> FaiM2FForUniversalSegmentation:
 
 
 LARGE = [pytest.mark.newest_only, pytest.mark.large]
-NEWEST_KINDS = [
-    pytest.param("semantic", marks=pytest.mark.newest_only),
-    *(pytest.param(kind, marks=LARGE) for kind in ("instances", "queries")),
-]
+NEWEST_KINDS = [pytest.param(kind, marks=LARGE) for kind in ("semantic", "instances", "queries")]
 
 
 @pytest.fixture(scope="module", params=["logits", *NEWEST_KINDS])  # the check does not depend on the exporter
@@ -782,6 +784,7 @@ class TestOptimum:
         maps = parts[1].post_process_semantic_segmentation(ours, [(70, 90)] * 2)
         assert torch.equal(maps[0], parts[1].post_process_semantic_segmentation(theirs, [(70, 90)] * 2)[0])
 
+    @pytest.mark.large
     def test_its_command_with_the_model_registered(self, folder: Path, parts: Any, tmp_path: Path) -> None:
         from optimum.onnxruntime import ORTModelForCustomTasks
 
@@ -796,6 +799,7 @@ class TestOptimum:
         assert all(error(ours[name].numpy(), theirs[name]) < 1e-4 for name in ours)
         assert not node_types(tmp_path / "out") & NEVER
 
+    @pytest.mark.large
     def test_its_functions_take_remote_models(self, folder: Path, tmp_path: Path) -> None:
         from optimum.exporters.onnx import main_export, onnx_export_from_model
         from transformers import AutoModelForUniversalSegmentation

@@ -88,6 +88,7 @@ def test_the_files_give_what_torch_gives(model_folder: Path, exported: Path) -> 
     assert torch.equal(first, kept)
 
 
+@pytest.mark.large
 def test_label_maps_of_a_fixed_size_with_small_weights(
     model_folder: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +208,7 @@ def test_a_full_disk_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytes
         module.write(graph, tmp_path / "staging", "fp32")
 
 
+@pytest.mark.large
 def test_it_runs_without_onnx(model_folder: Path, exported: Path, tmp_path: Path) -> None:
     photographs()[0].save(tmp_path / "a.png")
     words = [exported, tmp_path / "a.png", "--runtime", "openvino", "--no-overlays", "--out", tmp_path / "out"]
@@ -218,6 +220,7 @@ def test_it_runs_without_onnx(model_folder: Path, exported: Path, tmp_path: Path
     assert done.returncode == 2 and "pip install 'hf-faim2f[onnx]'" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.large
 def test_openvino_reports_nothing() -> None:
     script = """
 import hf_faim2f.export.openvino
@@ -235,6 +238,7 @@ def test_a_format_that_runs_here_has_its_runtime(name: str) -> None:
         assert RUNTIMES[row.runs].extra == row.extra and RUNTIME_FILES[row.runs] == row.files[0]
 
 
+@pytest.mark.large
 def test_signals_are_handled_after_networks_are_closed(exported: Path) -> None:
     script = """
 import gc, signal, sys

@@ -140,7 +140,9 @@ def reads_int8(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 
 @pytest.mark.slow  # exports every kind of graph
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
-@pytest.mark.parametrize("kind", [*KINDS, pytest.param("instances", marks=pytest.mark.large)])
+@pytest.mark.parametrize(
+    "kind", ["logits", *(pytest.param(kind, marks=pytest.mark.large) for kind in GRAPHS if kind != "logits")]
+)
 def test_every_layer_with_weights_and_nothing_else(
     kind: str, runtime: str, graphs: Graphs, quantized: Quantized
 ) -> None:
@@ -186,6 +188,7 @@ def test_it_says_nearly_what_float_says(graphs: Graphs, quantized: Quantized) ->
         assert 1e-4 < np.abs(a - b).mean() / np.abs(b).mean() < 0.25
 
 
+@pytest.mark.large
 def test_the_error_is_what_its_name_says(graphs: Graphs, images: Path, tmp_path: Path) -> None:
     """Recomputed from both files for the images that the report names. A graph with post-processing has the same error,
     although its logits are internal."""
@@ -216,6 +219,7 @@ def test_the_error_is_what_its_name_says(graphs: Graphs, images: Path, tmp_path:
     assert error["measured"] <= error["worst_image"] <= 1
 
 
+@pytest.mark.large
 def test_copies_that_fill_a_batch_do_not_count(graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_images(tmp_path / "images", [*photographs(), *map(ImageOps.mirror, photographs())])
     counts: list[int] = []
@@ -229,6 +233,7 @@ def test_copies_that_fill_a_batch_do_not_count(graphs: Graphs, tmp_path: Path, m
     assert len(report(tmp_path / "out")["images"]["held_out"]) == 3 and counts == [3, 3, 1, 1, 1]
 
 
+@pytest.mark.large
 def test_bisenetformer_is_quantized_whole(images: Path, tmp_path: Path) -> None:
     model = small_model(**BISENET, decoder_layers=2, threshold=0.1)
     FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(tmp_path / "model")
@@ -563,6 +568,7 @@ def test_mistakes(
         quantize(source, out, images, "coreml")
 
 
+@pytest.mark.large
 def test_graphs_that_cannot_be_quantized(
     graphs: Graphs, quantized: Quantized, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

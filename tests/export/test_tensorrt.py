@@ -174,6 +174,7 @@ def test_any_number_and_size(kind: str, folder: Path, tmp_path: Path) -> None:
     assert FaiM2FImageProcessor.from_pretrained(out).size == {"shortest_edge": 64}
 
 
+@pytest.mark.large
 @needs_library
 def test_any_number_of_one_size_for_turing(folder: Path, tmp_path: Path) -> None:
     """Products with dynamic shapes are also converted to float16; a model is exported in float32."""
@@ -185,6 +186,7 @@ def test_any_number_of_one_size_for_turing(folder: Path, tmp_path: Path) -> None
     assert described(out)["inputs"][0]["profile"]["largest"] == [4, 3, *SIZE]
 
 
+@pytest.mark.large
 @needs_library
 def test_bfloat16(folder: Path, graphs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--outputs", "semantic", "--input", "image", "--size", "96x128", "--batch", 1]
@@ -424,7 +426,7 @@ def test_what_the_builder_refuses(graphs: dict[str, Path], tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("wrong", [pytest.param(False, marks=pytest.mark.large), True])
 def test_an_engine_that_disagrees_with_its_graph(
     wrong: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("triton") / "tiny")
 
 
+@pytest.mark.large
 def test_the_repository_of_a_graph(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = exported(model, outputs="logits"), tmp_path / "repository"
     words = ["--name", "segmenter", "--max-batch", "6", "--batch-wait", "2.5", "--json"]

@@ -179,6 +179,7 @@ def exported_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web, "export_onnx", copy)
 
 
+@pytest.mark.large
 def test_a_page_s_folder_has_no_address_of_another_host(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,7 +345,7 @@ def scenes() -> list[tuple[str, bytes]]:
     ]
 
 
-@pytest.mark.slow  # exports, downloads with npm, and starts a browser
+@pytest.mark.large  # exports, downloads with npm, and starts a browser
 def test_the_page_of_the_shipped_model_gives_the_predictor_s_segments(
     browser: Any, library: Path, tmp_path: Path
 ) -> None:
@@ -498,7 +499,7 @@ def check_threshold(page: Any, predictor: Predictor) -> None:
     assert page.get_by_role("alert").inner_text().startswith("This browser has no canvas of ")
 
 
-@pytest.mark.slow  # as above
+@pytest.mark.large  # as above
 def test_a_page_of_one_size(browser: Any, library: Path, tmp_path: Path) -> None:
     """The graph refuses all other sizes, also before the first picture."""
     model, out = save_model(tmp_path / "tiny"), tmp_path / "page"
@@ -554,7 +555,7 @@ def test_the_layout_of_transformers_js_keeps_the_report_of_int8(
     assert (tmp_path / "out" / "onnx" / "model_int8.onnx").read_bytes() == b"int8"
 
 
-@pytest.mark.slow  # exports two graphs
+@pytest.mark.large  # exports two graphs
 def test_the_layout_of_transformers_js(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_a_folder_without_code_is_published_with_it(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.large
 @pytest.mark.newest_only
 def test_weights_of_another_configuration_do_not_load(folder: Path) -> None:
     edit(folder, "config.json", '"decoder_layers": 1', '"decoder_layers": 2')

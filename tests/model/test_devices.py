@@ -130,7 +130,7 @@ def test_images_are_prepared_without_float64() -> None:
         FaiM2FImageProcessor(size={"height": 64, "width": 96})(torch.zeros(3, 50, 70, dtype=torch.uint8))
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_on_a_second_device_results_are_those_of_the_cpu() -> None:
     """An emulated device, which rejects what a GPU would; see `tests.support.second_device`."""
     command = [sys.executable, "-m", "tests.support.second_device"]

@@ -54,6 +54,7 @@ print("REPORT" + json.dumps(report))
 """
 
 
+@pytest.mark.large
 def test_the_toolkit_gets_the_pipeline_s_answers(tmp_path: Path) -> None:
     folder, home, picture = save_model(tmp_path / "a model"), tmp_path / "home", tmp_path / "picture.png"
     home.mkdir()

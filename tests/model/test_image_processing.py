@@ -1029,6 +1029,7 @@ print("loaded", type(again).__name__)
 """
 
 
+@pytest.mark.large
 def test_a_saved_folder_loads_and_saves_as_remote_code(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     FaiM2FImageProcessor(size=(30, 20)).save_pretrained(first)

@@ -47,7 +47,9 @@ def lively(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSegmentat
     return model.eval()
 
 
-@pytest.mark.parametrize("name", MODELS + VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.large) if "-l-" in name else name for name in MODELS + VARIANTS]
+)
 def test_an_optimized_model_equals_the_original(name: str) -> None:
     model, reference = copy.deepcopy(reference_model(name)), outputs(name)
     assert model.optimize_for_inference() is model
@@ -318,7 +320,7 @@ def test_a_convolution_with_another_forward_stays_as_it_is() -> None:
 
 
 @pytest.mark.newest_only
-@pytest.mark.slow
+@pytest.mark.large
 def test_an_optimized_model_compiles_as_one_graph() -> None:
     model = lively(small_model(decoder_layers=2)).optimize_for_inference()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -426,7 +426,7 @@ def test_an_attention_that_does_not_fit_is_refused(tmp_path: Path, implementatio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["stdc", "resnet"])
+@pytest.mark.parametrize("backbone", ["stdc", pytest.param("resnet", marks=pytest.mark.large)])
 def test_compiles_as_one_graph(backbone: str) -> None:
     overrides = {}
     if backbone == "resnet":

@@ -128,6 +128,7 @@ def test_every_output_is_that_of_the_image_alone() -> None:
         model(**inputs, output_attentions=True)
 
 
+@pytest.mark.large
 def test_padding_is_found_at_strides_other_than_four() -> None:
     """Masks at 1/8: BiSeNetFormer, and a feature pyramid on a backbone without its finest map."""
     coarse = {"model_type": "faim2f_stdc", "embedding_size": 8, "depths": [1, 1, 1]}
@@ -263,6 +264,7 @@ def test_masks_that_were_not_resized_with_their_images_are_refused() -> None:
         )
 
 
+@pytest.mark.large
 @pytest.mark.newest_only  # test_modeling.py compiles in both environments
 def test_a_compiled_model_marks_padding_too() -> None:
     model, processor = small_model(), FaiM2FImageProcessor(do_resize=False)

@@ -890,7 +890,7 @@ print(held("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.newest_only
-@pytest.mark.slow
+@pytest.mark.large
 def test_memory_does_not_follow_queries_times_pixels():
     """100 queries at 4096 x 4096 are 6.7 GB in float32; a gigabyte must suffice, including the result."""
     calls = {name: EVERY_FUNCTION[name] for name in list(EVERY_FUNCTION)[:4]}

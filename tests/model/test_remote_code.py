@@ -137,6 +137,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.large
 def test_each_folder_runs_its_own_code(saved: Path, tmp_path: Path) -> None:
     """Two folders loaded by one process, or two revisions of one, do not run each other's code."""
     folders = []

@@ -147,15 +147,12 @@ COMPILED = {
 
 
 @pytest.mark.newest_only
-@pytest.mark.slow  # traces each model three times
+@pytest.mark.large  # traces each model three times
 @pytest.mark.parametrize(
     ("settings", "dynamic"),
     # None: sizes are dynamic after the first. False: each size is compiled separately, because of Swin's windows.
     [
-        *(
-            pytest.param(settings, None, id=name, marks=[pytest.mark.large] * (name != "stdc"))
-            for name, settings in COMPILED.items()
-        ),
+        *(pytest.param(settings, None, id=name) for name, settings in COMPILED.items()),
         pytest.param(KINDS["swin"], False, id="swin, windows"),
     ],
 )
@@ -184,7 +181,7 @@ class CoarsestMap(nn.Module):
 
 
 @pytest.mark.newest_only  # depends only on torch
-@pytest.mark.slow  # compiles C++
+@pytest.mark.large  # compiles C++
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_inductor_compiles_encoder_layers_for_images_of_any_number_and_size() -> None:
     """`reshape` after the last layer raised ValueRangeError, but only with this backend."""

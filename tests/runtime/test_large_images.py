@@ -506,10 +506,10 @@ def striped_tiff(path: Path, side: int) -> None:
                 file.write(part, window=Window(left, top, width, height))
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="The peak of memory is read as Linux tells it.")
 @pytest.mark.parametrize("side", [6000, pytest.param(30000, marks=HUGE)])
-@pytest.mark.parametrize("subtask", [pytest.param("semantic", marks=pytest.mark.large), "panoptic"])
+@pytest.mark.parametrize("subtask", ["semantic", "panoptic"])
 def test_memory_does_not_follow_the_picture(subtask: str, side: int, tiny: Path, tmp_path: Path) -> None:
     """Below 4 GB, even for an image whose pixels alone take 2.7 GB."""
     pytest.importorskip("rasterio")

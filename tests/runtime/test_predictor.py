@@ -159,7 +159,7 @@ def of_bytes(predictor: Predictor) -> Predictor:
 
 @pytest.mark.newest_only  # the graph includes post-processing, which test_onnx.py compares for both exporters
 @pytest.mark.slow  # exports too
-@pytest.mark.parametrize("kind", ["instances", "queries"])
+@pytest.mark.parametrize("kind", ["instances", pytest.param("queries", marks=pytest.mark.large)])
 def test_graphs_with_instances_inside(kind: str, graph: Callable[[str], Path], fixed: Predictor) -> None:
     predictor = Predictor.from_pretrained(graph(kind), "onnxruntime")
     assert predictor.subtasks == ("instance",) and predictor.network.size == SIZE

@@ -223,6 +223,7 @@ def test_downloads_are_the_prediction(page: Any, server: Server) -> None:
         assert coco.loadCats([annotation["category_id"]])[0]["name"] == prediction.segments[place].label
 
 
+@pytest.mark.large
 def test_choices_count_and_mistakes_are_sentences(page: Any, server: Server) -> None:
     told = page.locator("#message p")
     upload(page, "broken.png", server.scene[: len(server.scene) // 2])

@@ -72,6 +72,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_were() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.large
 def test_on_a_gpu_passes_are_tried_until_one_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a simulated GPU, whose allocator is the test's."""
     tried: list[int] = []

@@ -215,7 +215,8 @@ def test_the_losses_are_those_of_the_criterion_and_of_the_pixels() -> None:
     sum(nothing.values()).backward()
 
 
-@pytest.mark.parametrize("cls_sigmoid", [False, pytest.param(True, marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("cls_sigmoid", [False, True])
 def test_accumulated_batches_make_the_steps_of_the_whole_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cls_sigmoid: bool
 ) -> None:
@@ -230,7 +231,7 @@ def test_accumulated_batches_make_the_steps_of_the_whole_batch(
             assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_two_processes_make_the_steps_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_faim2f, "draw_points", fixed_points)
     images = write_folder(tmp_path / "data", 12, seed=50) / "images"

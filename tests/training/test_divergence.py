@@ -323,6 +323,7 @@ def test_a_run_whose_only_checkpoint_diverged_stays(places: dict[str, Path], tmp
     assert [path.name for path in out.glob("diverged-*")] and not list(out.glob("checkpoint-*"))
 
 
+@pytest.mark.large
 @pytest.mark.newest_only
 def test_a_full_disk_leaves_the_checkpoints_before(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -350,6 +351,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(
     assert "it continues after step 1." in capsys.readouterr().out
 
 
+@pytest.mark.large
 def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,8 +372,8 @@ def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
 
 
 @pytest.mark.newest_only
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
     places: dict[str, Path], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -107,9 +107,8 @@ def test_final_has_the_weights_of_the_best_evaluation(tmp_path: Path, ema: float
     assert json.loads((tmp_path / "log.json").read_text())["log"] == log["log"]
 
 
-@pytest.mark.parametrize(
-    "stop_at", [3, *(pytest.param(step, marks=[pytest.mark.newest_only, pytest.mark.large]) for step in (1, 5))]
-)
+@pytest.mark.large
+@pytest.mark.parametrize("stop_at", [3, *(pytest.param(step, marks=pytest.mark.newest_only) for step in (1, 5))])
 def test_an_interrupted_run_chooses_the_same_weights(tmp_path: Path, stop_at: int) -> None:
     """Interrupted before the first checkpoint, after a best evaluation that no checkpoint records yet, and later."""
     _, whole = run(tmp_path / "whole", patience=3)
@@ -138,6 +137,7 @@ def test_the_evaluation_in_which_a_run_was_interrupted_counts(tmp_path: Path) ->
     assert [entry["step"] for entry in log["log"] if "eval_semantic_mIoU" in entry] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.large
 def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path: Path) -> None:
     trainer, evaluator = run(tmp_path, patience=2)
     assert trainer.state.global_step == 5 and torch.equal(weight_of(tmp_path / "final"), evaluator.weights[3])
@@ -157,6 +157,7 @@ def test_a_metric_that_is_never_defined_chooses_nothing(tmp_path: Path) -> None:
     assert torch.equal(weight_of(tmp_path / "final"), evaluator.weights[2])
 
 
+@pytest.mark.large
 def test_a_run_from_the_start_forgets_the_best_of_an_earlier_one(tmp_path: Path) -> None:
     """There was no checkpoint, so it may have been a different run."""
     with pytest.raises(KeyboardInterrupt):
@@ -165,6 +166,7 @@ def test_a_run_from_the_start_forgets_the_best_of_an_earlier_one(tmp_path: Path)
     assert trainer.best is not None and (trainer.best.step, trainer.best.value) == (3, 30.0)
 
 
+@pytest.mark.large
 def test_a_best_that_was_being_replaced_is_found(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, stop_at=3)

@@ -332,7 +332,7 @@ def test_killed_and_resumed_the_curve_continues_where_it_was(tmp_path: Path) -> 
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("at_once", [4, 2])
+@pytest.mark.parametrize("at_once", [pytest.param(4, marks=pytest.mark.large), 2])
 def test_a_run_resumed_in_an_epoch_sees_what_it_would_have_seen(tmp_path: Path, at_once: int) -> None:
     """With another division of the batch, too, and with other intervals: those of the second call count."""
     recipe = replace(RECIPE, steps=8)

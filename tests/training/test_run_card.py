@@ -39,6 +39,7 @@ def command(places: dict[str, str], out: Path, *more: str) -> list[str]:
             *more]  # fmt: skip
 
 
+@pytest.mark.large
 def test_what_a_run_wrote_is_pushed_without_another_step(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

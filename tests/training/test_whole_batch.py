@@ -114,7 +114,7 @@ def test_accumulated_batches_make_the_steps_of_the_whole_batch(tmp_path: Path) -
             assert found == pytest.approx(expected, rel=STEPS_TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.usefixtures("points")
 def test_two_processes_make_the_steps_of_one_and_measure_the_same(tmp_path: Path) -> None:
     """Each process accumulates two parts of one image; one of them evaluates three of the five images."""
@@ -132,7 +132,7 @@ def test_two_processes_make_the_steps_of_one_and_measure_the_same(tmp_path: Path
     assert one["results"]["semantic"]["mIoU"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_two_processes_augment_every_epoch_anew_and_measure_the_saved_model(tmp_path: Path) -> None:
     """Batch norms have other statistics in each process, and only those of the first are saved."""
     for process in forks.run_together(forks.MODULE, "tests.support.train_in_processes", tmp_path, "--live"):
