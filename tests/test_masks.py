@@ -64,6 +64,7 @@ def test_the_last_mask_lies_on_top() -> None:
     assert last_on_top(crops, (2, 4)).tolist() == [[1, 1, 0, 0], [1, 2, 0, 0]]
 
 
+@pytest.mark.slow  # starts processes
 def test_the_core_needs_no_extra() -> None:
     blocked = "import sys; sys.modules['faster_coco_eval'] = sys.modules['pycocotools'] = None; "
     code = blocked + "from hf_faim2f.masks import encode_run_lengths; import hf_faim2f.runtime.prediction"

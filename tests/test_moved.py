@@ -101,6 +101,7 @@ def test_no_module_has_the_name_of_an_old_one(old: str) -> None:
     assert importlib.import_module(old).__spec__.origin is None  # type: ignore[union-attr]
 
 
+@pytest.mark.slow  # starts processes
 def test_the_warning_names_the_line_that_imports() -> None:
     code = "import hf_faim2f\nfrom hf_faim2f.drawing import Segments\nimport hf_faim2f.app.work as work\nwork.Work\n"
     done = subprocess.run([sys.executable, "-W", "default::DeprecationWarning:__main__", "-c", code],

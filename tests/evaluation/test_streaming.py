@@ -69,6 +69,7 @@ state.destroy_process_group()
 """
 
 
+@pytest.mark.slow  # starts processes
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Five images on two processes of torch.distributed (gloo), 3 and 2, compared with one process."""
     for process in run_together(SCRIPT, tmp_path):
