@@ -15,7 +15,7 @@ from ..errors import DatasetError, nearest_name
 from ..family.digits import LABELS, THING_IDS
 from ..family.mask2former import labels_and_stuff
 from ..model.channels_faim2f import RGB
-from .dataset import Description, Task, describe, find_part, hold_out, kind_of_part, warn_of_rotated, with_channels
+from .dataset import Description, Task, describe, kind_of_part, warn_of_rotated, with_channels
 from .digits import DigitScenes
 from .files import AnnotationFrame
 from .item import Item
@@ -24,11 +24,10 @@ from .readers.camvid import load_camvid
 from .readers.cityscapes import load_cityscapes, official_truth
 from .readers.coco import load_coco_instance, load_coco_panoptic
 from .readers.coco_export import load_coco
-from .readers.folder import LABELS_FILE, load_folder, read_labels
+from .readers.folder import LABELS_FILE
 from .readers.hub import load_hub
 from .readers.labelme import load_labelme
-from .readers.maps import IgnoredWhiteError
-from .readers.palette import PALETTE_FILES, find_palette, is_palette, load_colors
+from .readers.palette import PALETTE_FILES, is_palette, load_divided
 from .readers.voc import load_voc
 from .readers.yolo import load_yolo
 
@@ -149,52 +148,12 @@ class Format:
         return Path(source.root).resolve().name if Path(source.root).exists() else source.root
 
 
-def _read_folder(source: DataSource, split: str, task: Task, colors: bool = False) -> Sequence[Item]:
-    """Reads ROOT/{train,val}/{images,masks}, or ROOT/{images,masks}/{train,val}, or ROOT/{images,masks}, where every
-    tenth image is for validation. The folders of the parts may have any name that `find_part` knows."""
-    root = Path(source.root)
-    splits = FORMATS["folder"].splits
-    outer = [path.name for path in root.glob("*/") if (path / "images").is_dir()]
-    divided = bool({*splits, split} & set(outer))
-    divided = divided or (not (root / "images").is_dir() and any(map(kind_of_part, outer)))
-    # The other order of folders: images/train, images/val, masks/train, masks/val.
-    names = [path.name for path in (root / "images").glob("*/")]
-    inner = [name for name in names if (root / "masks" / name).is_dir()] or names
-    parts, where = (outer, str(root)) if divided else (inner, str(root / "images"))
-    own = find_part(parts, split, where)  # None if the data is not divided
-    folder = root / own if divided and own is not None else root
-    palette = find_palette([folder, root], source.palette, source.labels) if colors else None
-    if colors and palette is None:
-        raise DatasetError(f"{root} has no palette: write `name r g b` lines into {LABELS_FILE}, or pass --palette.")
-    labels = source.labels
-    if palette is None and labels is None and divided and not (folder / LABELS_FILE).is_file():
-        labels = read_labels(root / LABELS_FILE)
-
-    def load(part: str | None, white_is_void: bool = False) -> datasets.Dataset:
-        place = root / part if divided and part is not None else root
-        folders = {}
-        if not divided and part is not None:
-            own_masks = (root / "masks" / part).is_dir()  # else those of all parts are together
-            folders = {"images": f"images/{part}", "masks": f"masks/{part}" if own_masks else "masks"}
-        if palette is not None:
-            return load_colors(place, palette, skip_bad=source.skip_bad, annotation_frame=source.frame, **folders)
-        return load_folder(
-            place, labels, task, ignore_index=source.ignore_index, reduce_labels=source.reduce_labels,
-            skip_bad=source.skip_bad, annotation_frame=source.frame, white_is_void=white_is_void, **folders,
-        )  # fmt: skip
-
-    try:
-        data = load(own)
-    except IgnoredWhiteError as error:
-        # A small validation part may have void but no object. Then the training part shows whether masks are binary.
-        if own is None or kind_of_part(own) == "train":
-            raise
-        try:
-            load(find_part(parts, splits[0], where))
-        except DatasetError:
-            raise error from None
-        data = load(own, white_is_void=True)
-    return data if own is not None else hold_out(data, split, str(root))
+def _read_folder(source: DataSource, split: str, task: Task, has_colors: bool = False) -> Sequence[Item]:
+    return load_divided(
+        source.root, split, task, labels=source.labels, palette=source.palette, has_colors=has_colors,
+        ignore_index=source.ignore_index, reduce_labels=source.reduce_labels, skip_bad=source.skip_bad,
+        annotation_frame=source.frame,
+    )  # fmt: skip
 
 
 def _read_hub(source: DataSource, split: str, task: Task) -> Sequence[Item]:
@@ -255,7 +214,7 @@ FORMATS = {
                    source.root, split, labels=source.labels, ignore_index=source.ignore_index,
                    palette=source.palette, skip_bad=source.skip_bad, annotation_frame=source.frame)),
         Format("colors", "", "as folder, with masks in colors and `name r g b` in labels.txt", ("train", "val"),
-               ("semantic",), lambda source, split, task: _read_folder(source, split, task, colors=True)),
+               ("semantic",), lambda source, split, task: _read_folder(source, split, task, has_colors=True)),
         Format("digits", "Scenes of digits", "nothing: the scenes are made", ("train", "test"), ("panoptic",),
                _read_digits, needs_root=False),
     )

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import datasets
 
 from ...errors import DatasetError
-from ..dataset import ROW_FEATURES, Description, Problems, lazy_dataset
-from ..files import AnnotationFrame, Source, read_colors, read_small_text, source_name
+from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
+from ..files import LABELS_FILE, AnnotationFrame, Source, read_colors, read_small_text, source_name
 from ..item import index_values
-from .folder import paired_maps
-from .maps import MapReader, Segments, table_of
+from .folder import load_folder, paired_maps, read_labels
+from .maps import IgnoredWhiteError, MapReader, Segments, table_of
 
 Color = tuple[int, int, int]
 
@@ -183,6 +183,78 @@ def load_colors(
     return lazy_dataset(columns, {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}, reader)
 
 
+def load_divided(
+    root: str | Path,
+    split: str,
+    task: Task = "semantic",
+    *,
+    labels: Sequence[str] | None = None,
+    palette: str | None = None,
+    has_colors: bool = False,
+    ignore_index: int | None = 255,
+    reduce_labels: bool = False,
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
+) -> datasets.Dataset:
+    """Loads a part of a folder of masks of ids, or of colors.
+
+    The parts are ROOT/{train,val}/{images,masks} or ROOT/{images,masks}/{train,val}, with any names that `find_part`
+    knows. Without parts, every tenth image is for validation.
+
+    Args:
+        root: the folder.
+        split: "train", "val" or another part, or "all" if the data is not divided.
+        task, ignore_index, reduce_labels, skip_bad, annotation_frame: as in `load_folder`, for masks of ids.
+        labels: as in `load_folder`; with colors as in `find_palette`.
+        palette: as in `find_palette`, for masks in colors.
+        has_colors: whether the masks are in colors.
+
+    Raises:
+        DatasetError: there is no such part, a folder, the labels or the palette are missing, or an image has no mask.
+    """
+    root = Path(root)
+    outer = [path.name for path in root.glob("*/") if (path / "images").is_dir()]
+    divided = bool({"train", "val", split} & set(outer))
+    divided = divided or (not (root / "images").is_dir() and any(map(kind_of_part, outer)))
+    # The other order of folders: images/train, images/val, masks/train, masks/val.
+    names = [path.name for path in (root / "images").glob("*/")]
+    inner = [name for name in names if (root / "masks" / name).is_dir()] or names
+    parts, where = (outer, str(root)) if divided else (inner, str(root / "images"))
+    own = find_part(parts, split, where)  # None if the data is not divided
+    folder = root / own if divided and own is not None else root
+    colors = find_palette([folder, root], palette, labels) if has_colors else None
+    if has_colors and colors is None:
+        raise DatasetError(f"{root} has no palette: write `name r g b` lines into {LABELS_FILE}, or pass --palette.")
+    if colors is None and labels is None and divided and not (folder / LABELS_FILE).is_file():
+        labels = read_labels(root / LABELS_FILE)
+
+    def load(part: str | None, white_is_void: bool = False) -> datasets.Dataset:
+        place = root / part if divided and part is not None else root
+        folders = {}
+        if not divided and part is not None:
+            own_masks = (root / "masks" / part).is_dir()  # else those of all parts are together
+            folders = {"images": f"images/{part}", "masks": f"masks/{part}" if own_masks else "masks"}
+        if colors is not None:
+            return load_colors(place, colors, skip_bad=skip_bad, annotation_frame=annotation_frame, **folders)
+        return load_folder(
+            place, labels, task, ignore_index=ignore_index, reduce_labels=reduce_labels, skip_bad=skip_bad,
+            annotation_frame=annotation_frame, white_is_void=white_is_void, **folders,
+        )  # fmt: skip
+
+    try:
+        data = load(own)
+    except IgnoredWhiteError as error:
+        # A small validation part may have void but no object. Then the training part shows whether masks are binary.
+        if own is None or kind_of_part(own) == "train":
+            raise
+        try:
+            load(find_part(parts, "train", where))
+        except DatasetError:
+            raise error from None
+        data = load(own, white_is_void=True)
+    return data if own is not None else hold_out(data, split, str(root))
+
+
 def packed(palette: Palette) -> dict[int, int]:
     """The class of each color, as the number 65536 * red + 256 * green + blue."""
     return {(red << 16) + (green << 8) + blue: label for (red, green, blue), label in palette.classes.items()}
@@ -230,5 +302,18 @@ def unknown_colors(source: Source, colors: Sequence[int], palette: str) -> Datas
     )
 
 
-__all__ = ["VOC", "ColorMapReader", "Palette", "color_segments", "find_palette", "is_palette",
-           "load_colors", "packed", "read_palette", "unknown_colors", "voc_color", "voc_palette"]  # fmt: skip
+__all__ = [
+    "VOC",
+    "ColorMapReader",
+    "Palette",
+    "color_segments",
+    "find_palette",
+    "is_palette",
+    "load_colors",
+    "load_divided",
+    "packed",
+    "read_palette",
+    "unknown_colors",
+    "voc_color",
+    "voc_palette",
+]
