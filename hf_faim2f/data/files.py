@@ -12,6 +12,7 @@ annotations are assumed to be upright, with a warning.
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -391,7 +392,8 @@ def is_json_with(path: Path, keys: tuple[str, ...]) -> bool:
             head = file.read(HEAD).lstrip(b"\xef\xbb\xbf \t\r\n")
     except OSError:
         return False
-    return head.startswith(b"{") and any(f'"{key}"'.encode() in head for key in keys)
+    # Not only the name, which may also be a value, such as "images" for the kind of a project.
+    return head.startswith(b"{") and any(re.search(rb'"%s"\s*:' % re.escape(key.encode()), head) for key in keys)
 
 
 def read_json(path: Path) -> Any:
