@@ -47,7 +47,7 @@ MOST_NAMED = 5
 # How many images of each class are kept to be drawn.
 MOST_DRAWN = 8
 # Formats whose data may be undivided, or have a test part.
-UNDIVIDED = ("folder", "colors", "yolo", "coco", "labelme", "voc", "camvid")
+UNDIVIDED = ("folder", "colors", "yolo", "coco", "labelme", "supervisely", "roboflow-masks", "voc", "camvid")
 # Folders with maps in the layouts of all formats.
 MAP_FOLDERS = frozenset({"annotations", "masks", "SegmentationClass", "SegmentationObject", "gtFine"})
 
@@ -397,10 +397,10 @@ def unread_note(data: str | None, parts: Mapping[str, OpenData]) -> str | None:
         data: the folder to search; if it is not a folder, those with the parts' images are searched.
         parts: all opened parts.
     """
-    used = {os.path.abspath(path) for part in parts.values() for path in _paths(part.items)}
-    maps = {os.path.dirname(os.path.abspath(path)) for part in parts.values() for path in _paths(part.items, 1)}
-    own = {os.path.dirname(path) for path in used}
+    used, read = ({os.path.abspath(path) for one in parts.values() for path in _paths(one.items, k)} for k in (0, 1))
+    own, maps = ({os.path.dirname(path) for path in paths} for paths in (used, read))
     suffixes = {Path(path).suffix.lower() for path in used} & {*IMAGE_SUFFIXES, *ARRAY_SUFFIXES}
+    used |= read  # maps beside images
     is_folder = data is not None and os.path.isdir(data)
     left: Counter[str] = Counter()
     for root in [os.path.abspath(str(data))] if is_folder else sorted(own):
