@@ -284,7 +284,7 @@ def _help(about: dict[str, Any]) -> str:
 OF_FORMATS = {
     "palette": ("colors", "voc", "camvid"),
     "labels": ("folder", "hub", "labelme", "voc", "camvid", "colors"),
-    "ignore_index": ("folder", "hub", "camvid"),
+    "ignore_index": ("folder", "hub", "camvid", "roboflow-masks"),
     "reduce_labels": ("folder", "hub", "ade20k"),
 }
 

@@ -14,6 +14,8 @@ load_cityscapes            Cityscapes' gtFine and leftImg8bit: semantic, instanc
 load_coco                  COCO's JSON as Roboflow, CVAT, Label Studio and others export it
 load_yolo                  YOLO's segmentation labels, as Ultralytics reads and writes them
 load_labelme               labelme's JSON files
+load_supervisely           projects of Supervisely and Dataset Ninja
+load_roboflow_masks        Roboflow's export of semantic masks
 load_voc                   Pascal VOC's folders: semantic or instance
 load_camvid                CamVid's layouts: semantic
 load_folder                any folder of images with PNG masks, of classes or of instances
@@ -96,6 +98,8 @@ if TYPE_CHECKING:
     from .readers.folder import load_folder
     from .readers.hub import load_hub
     from .readers.labelme import load_labelme
+    from .readers.roboflow_masks import load_roboflow_masks
+    from .readers.supervisely import load_supervisely
     from .readers.voc import load_voc
     from .readers.yolo import load_yolo
 
@@ -104,7 +108,7 @@ if TYPE_CHECKING:
 _MODULES = (
     "augmentation", "item", "collate", "dataset", "readers.ade20k", "readers.cityscapes", "readers.coco",
     "readers.folder", "readers.hub", "readers.camvid", "readers.coco_export", "readers.labelme", "readers.voc",
-    "readers.yolo",
+    "readers.yolo", "readers.supervisely", "readers.roboflow_masks",
 )  # fmt: skip
 
 
@@ -158,6 +162,8 @@ __all__ = [
     "load_folder",
     "load_hub",
     "load_labelme",
+    "load_roboflow_masks",
+    "load_supervisely",
     "load_voc",
     "load_yolo",
     "make_item",

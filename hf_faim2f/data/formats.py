@@ -19,7 +19,7 @@ from .dataset import Description, Task, describe, kind_of_part, warn_of_rotated,
 from .digits import DigitScenes
 from .files import AnnotationFrame
 from .item import Item
-from .readers import ade20k, camvid, coco_export, labelme, voc, yolo
+from .readers import ade20k, camvid, coco_export, labelme, roboflow_masks, supervisely, voc, yolo
 from .readers.camvid import load_camvid
 from .readers.cityscapes import load_cityscapes, official_truth
 from .readers.coco import load_coco_instance, load_coco_panoptic
@@ -28,6 +28,8 @@ from .readers.folder import LABELS_FILE
 from .readers.hub import load_hub
 from .readers.labelme import load_labelme
 from .readers.palette import PALETTE_FILES, is_palette, load_divided
+from .readers.roboflow_masks import load_roboflow_masks
+from .readers.supervisely import load_supervisely
 from .readers.voc import load_voc
 from .readers.yolo import load_yolo
 
@@ -48,7 +50,7 @@ class DataSource:
         root: a folder; for "hub" a dataset's name, a Parquet file or a folder of them.
         task: the task, for formats with several; None for the format's first.
         labels: class names, for "hub", and for "folder" instead of labels.txt.
-        ignore_index, reduce_labels: as in `load_folder`, for "hub" and "folder".
+        ignore_index, reduce_labels: as in `load_folder`, for "hub" and "folder"; the first also for other masks of ids.
         splits: names of the training and the validation split, if they differ from the format's.
         size: size of the model's input images, in pixels, which limits the size of digit scenes.
         skip_bad: skip images that are found to be broken when the data is listed.
@@ -204,6 +206,15 @@ FORMATS = {
                lambda source, split, task: load_labelme(
                    source.root, split, task, labels=source.labels, skip_bad=source.skip_bad,
                    annotation_frame=source.frame)),
+        Format("supervisely", "", "a Supervisely project: the folder with meta.json", ("train", "val"),
+               ("instance", "semantic"),
+               lambda source, split, task: load_supervisely(
+                   source.root, split, task, skip_bad=source.skip_bad, annotation_frame=source.frame)),
+        Format("roboflow-masks", "", "a folder with Roboflow's masks and _classes.csv", ("train", "val"),
+               ("semantic",),
+               lambda source, split, task: load_roboflow_masks(
+                   source.root, split, ignore_index=source.ignore_index, skip_bad=source.skip_bad,
+                   annotation_frame=source.frame)),
         Format("voc", "", "a folder with Pascal VOC's JPEGImages and SegmentationClass", ("train", "val"),
                ("semantic", "instance"),
                lambda source, split, task: load_voc(
@@ -354,6 +365,10 @@ def _candidates(root: Path, has_palette: bool) -> list[Recognized]:
     if parts := camvid.find_parts(root):
         folder = next(iter(parts.values()))[1]
         found.append(Recognized("camvid", f"{folder.name} beside {next(iter(parts))}"))
+    if supervisely.is_project(root):
+        found.append(Recognized("supervisely", "meta.json with classes, and datasets of img and ann"))
+    if classes := roboflow_masks.find_classes(root):
+        found.append(Recognized("roboflow-masks", f"{classes.relative_to(root).as_posix()} beside *_mask.png"))
     if masks := _masks(root):
         colors = next((name for name in PALETTE_FILES if is_palette(root / name)), None)
         where = f"images and {masks}"
@@ -389,6 +404,8 @@ def _half_known(root: Path) -> str:
         return ": it has images, but neither masks nor labels nor a JSON file of annotations"
     if (root / voc.IMAGES).is_dir():
         return f": it has {voc.IMAGES}, but no {voc.CLASSES} (bounding boxes alone are not enough)"
+    if supervisely.has_dataset(root):
+        return ": it has folders img and ann, but no meta.json with the classes (supervisely)"
     if (root / LABELS_FILE).is_file():
         return f": it has {LABELS_FILE}, but no folders images and masks"
     names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))[:6]

@@ -115,7 +115,7 @@ def test_mistakes_of_use_are_one_sentence(tmp_path: Path, capsys: pytest.Capture
         (["check", str(root), "--allow", "emty"], "Did you mean 'empty'"),
         (["check", str(root), "--palette", "voc"], "--palette is for the formats"),
         (["check", str(root), "--labels", "a,b"], "--labels is for the formats folder, hub, labelme, voc, camvid and"),
-        (["check", str(root), "--ignore-index", "0"], "--ignore-index is for the formats folder, hub and camvid, not"),
+        (["check", str(root), "--ignore-index", "0"], "--ignore-index is for the formats folder, hub, camvid and r"),
         (["check", str(root), "--reduce-labels"], "--reduce-labels is for the formats folder, hub and ade20k, not for"),
         (["check", str(root), "--images", "x"], "--annotations and --images are for the format coco"),
         (["check", str(masks), "--labels", "names.txt", "--task", "instance"], "there is no file names.txt"),
@@ -232,7 +232,7 @@ def test_the_painting_order_of_labelme(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(told) == (form == "coco")
 
 
-@pytest.mark.parametrize("name", ["folder", "coco", "labelme"])
+@pytest.mark.parametrize("name", ["folder", "coco", "labelme", "supervisely"])
 def test_images_of_no_split_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     root, out = write_tree(name, tmp_path / "data"), tmp_path / "out"
     seen = [str(path) for path in root.rglob("*.[jp]*g") if "masks" not in path.parts]

@@ -42,7 +42,8 @@ def by_hand(seed: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("name", "task"), [(row.name, task) for row in FORMATS.values() for task in row.tasks
                                             if row.needs_root and (row.name, task) not in
                                             [("folder", "instance"), ("hub", "instance"), ("yolo", "semantic"),
-                                             ("coco", "semantic"), ("labelme", "semantic")]])  # fmt: skip
+                                             ("coco", "semantic"), ("labelme", "semantic"),
+                                             ("supervisely", "semantic")]])  # fmt: skip
 def test_every_format_is_counted_without_its_images(name: str, task: Any, tmp_path: Path) -> None:
     root = write_tree(name, tmp_path / name, SCENES)
     labels = LABELS if name == "hub" else None
@@ -76,7 +77,8 @@ def test_every_format_is_counted_without_its_images(name: str, task: Any, tmp_pa
             *root.rglob("images/**/*.png"),
             *root.glob("*2017/*.png"),
             *root.glob("JPEGImages/*.png"),
-            *root.glob("train/*.png"),
+            *root.glob("train/*[0-9].png"),
+            *root.glob("train/img/*.png"),
         ]:
             truncate(path)
         with pytest.raises(DatasetError, match="[Tt]runcated"):

@@ -22,6 +22,8 @@ from hf_faim2f.family.mask2former import labels_and_stuff
 from tests.support.shapes import LABELS, shapes, write_folder, write_tree
 
 SEMANTIC, ALL = ("semantic",), ("semantic", "instance", "panoptic")
+MAPS = ("ade20k", "hub", "folder", "coco-panoptic", "camvid", "colors", "roboflow-masks")
+OBJECTS = ("yolo", "coco", "labelme", "supervisely", "voc")
 # Format, requested task, resulting labels, measurable tasks, number of things.
 CASES = [
     ("ade20k", None, 150, SEMANTIC, 0),
@@ -39,6 +41,9 @@ CASES = [
     ("coco", "semantic", 4, SEMANTIC, 0),
     ("labelme", None, 4, ("instance",), 4),
     ("labelme", "semantic", 4, SEMANTIC, 0),
+    ("supervisely", None, 4, ("instance",), 4),
+    ("supervisely", "semantic", 4, SEMANTIC, 0),
+    ("roboflow-masks", None, 4, SEMANTIC, 0),
     ("voc", None, 4, SEMANTIC, 0),
     ("voc", "instance", 3, ("instance",), 3),
     ("camvid", None, 4, SEMANTIC, 0),
@@ -70,15 +75,15 @@ def test_both_parts_of_every_format(
         pixels, segments, classes = shapes(seed + 1)
         item = data.items[1]
         assert torch.equal(item["image"], torch.from_numpy(pixels).permute(2, 0, 1))
-        if name in ("ade20k", "hub", "folder", "coco-panoptic", "camvid", "colors") or (name, task) == ("voc", None):
+        if name in MAPS or (name, task) == ("voc", None):
             assert torch.equal(class_map(item), torch.tensor(classes)[torch.from_numpy(segments).long()])
         if name == "coco-instance":
             assert sorted(item["classes"].tolist()) == sorted(classes[1:])
-        if name in ("yolo", "coco", "labelme", "voc") and subtasks == ("instance",):
+        if name in OBJECTS and subtasks == ("instance",):
             first = 0 if name != "voc" else 1
             assert item["classes"].tolist() == [label - first for label in classes[1:]]
             assert torch.equal(item["segments"] + 1, torch.from_numpy(segments)) and item["hidden"] is None
-        if name in ("yolo", "coco", "labelme") and task == "semantic":
+        if name in OBJECTS and task == "semantic":
             truth = torch.tensor([-1, *classes[1:]])[torch.from_numpy(segments).long()]
             assert torch.equal(class_map(item), truth)
 
@@ -265,6 +270,7 @@ def test_files_and_names(tmp_path: Path) -> None:
         (["images/a.png", "labels/a.txt"], "images and labels, but no data.yaml or classes.txt"),
         (["JPEGImages/a.png"], "JPEGImages, but no SegmentationClass"),
         (["labels.txt"], "labels.txt, but no folders images and masks"),
+        (["train/img/a.png", "train/ann/a.png.json"], "folders img and ann, but no meta.json with the classes"),
         (["b.bin", "a.bin"], "it has a.bin, b.bin"),
         ([], "it is empty"),
     ],

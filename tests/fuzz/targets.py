@@ -90,6 +90,18 @@ def _labelme(data: bytes, folder: Path) -> object:
     return [load_labelme(folder / "images", "all", skip_bad=skip)[:2] for skip in (True, False)]
 
 
+def _supervisely(data: bytes, folder: Path) -> object:
+    from hf_faim2f.data.readers.supervisely import load_supervisely
+
+    root = folder / "project"
+    for name in ("img", "ann"):
+        (root / "ds" / name).mkdir(parents=True, exist_ok=True)
+    (root / "meta.json").write_text('{"classes": [{"title": "a", "shape": "any"}]}')
+    (root / "ds" / "img" / "a.png").write_bytes((folder / "images" / "a.png").read_bytes())
+    _file(data, root / "ds" / "ann" / "a.png.json")
+    return [load_supervisely(root, "all", skip_bad=skip)[:2] for skip in (True, False)]
+
+
 def _palette(data: bytes, folder: Path) -> object:
     from hf_faim2f.data.readers.palette import read_palette
 
@@ -163,6 +175,7 @@ TARGETS = {
     "yolo_labels": Target(_yolo_labels, "DatasetError"),
     "yolo_yaml": Target(_yolo_yaml, "DatasetError"),
     "labelme": Target(_labelme, "DatasetError"),
+    "supervisely": Target(_supervisely, "DatasetError"),
     "palette": Target(_palette, "DatasetError"),
     "run_lengths": Target(_run_lengths, "ValueError"),
     "compressed_run_lengths": Target(_compressed_run_lengths, "ValueError"),

@@ -24,6 +24,7 @@ ACCEPTED = {
     "yolo_labels": "polygons.txt",
     "yolo_yaml": "dict.yaml",
     "labelme": "shapes.json",
+    "supervisely": "objects.json",
     "palette": "names.txt",
     "run_lengths": "counts",
     "compressed_run_lengths": "eye",

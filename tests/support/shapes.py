@@ -1,7 +1,9 @@
 """Images of a few bright shapes on a dark ground, generated when read, which a small model learns in a minute."""
 
+import base64
 import io
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,8 @@ def write_tree(form: str, root: Path, count: int = 2) -> Path:
         "yolo": _write_yolo,
         "coco": _write_roboflow,
         "labelme": _write_labelme,
+        "supervisely": _write_supervisely,
+        "roboflow-masks": _write_roboflow_masks,
         "voc": _write_voc,
         "camvid": _write_camvid,
         "colors": _write_colors,
@@ -236,6 +240,46 @@ def _write_labelme(root: Path, part: str, scenes: Scenes) -> None:
         }
         (root / part / f"{number}.json").write_text(json.dumps(document))
     (root / "labels.txt").write_text("\n".join(["__ignore__", *LABELS]))
+
+
+def _write_supervisely(root: Path, part: str, scenes: Scenes) -> None:
+    """Discs are bitmaps, squares and bars polygons, whose corners are the indices of pixels."""
+    for number, (pixels, segments, classes) in enumerate(scenes):
+        _save(root / part / "img" / f"{number}.png", pixels)
+        found: list[dict[str, Any]] = []
+        for k, label in enumerate(classes):
+            if not label:
+                continue
+            rows, columns = np.nonzero(segments == k)
+            top, left, bottom, right = (int(v) for v in (rows.min(), columns.min(), rows.max(), columns.max()))
+            about: dict[str, Any] = {
+                "classTitle": LABELS[label],
+                "geometryType": "bitmap" if label == 2 else "polygon",
+                "tags": [],
+            }
+            if label == 2:
+                file = io.BytesIO()
+                Image.fromarray((segments == k)[top : bottom + 1, left : right + 1]).save(file, "PNG")
+                text = base64.b64encode(zlib.compress(file.getvalue())).decode()
+                found.append({**about, "bitmap": {"data": text, "origin": [left, top]}})
+            else:
+                corners = [[left, top], [right, top], [right, bottom], [left, bottom]]
+                found.append({**about, "points": {"exterior": corners, "interior": []}})
+        content = {"description": "", "tags": [], "size": {"height": SIDE, "width": SIDE}, "objects": found}
+        path = root / part / "ann" / f"{number}.png.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    classes_of_project = [{"title": name, "shape": "any", "color": "#00FF00"} for name in LABELS]
+    (root / "meta.json").write_text(json.dumps({"classes": classes_of_project, "tags": [], "projectType": "images"}))
+
+
+def _write_roboflow_masks(root: Path, part: str, scenes: Scenes) -> None:
+    folder = root / {"train": "train", "val": "valid"}[part]
+    for number, (pixels, segments, classes) in enumerate(scenes):
+        _save(folder / f"{number}.png", pixels)
+        _save(folder / f"{number}_mask.png", np.array(classes, dtype=np.uint8)[segments])
+    lines = ["Pixel Value, Class", *(f"{value}, {name}" for value, name in enumerate(LABELS))]
+    (folder / "_classes.csv").write_text("\n".join(lines))
 
 
 def _write_voc(root: Path, part: str, scenes: Scenes) -> None:

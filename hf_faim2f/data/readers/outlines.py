@@ -1,13 +1,13 @@
-"""Readers of objects that are annotated as polygons or RLE masks: COCO, YOLO and labelme.
+"""Readers of objects that are annotated as polygons or masks: COCO, YOLO, labelme and Supervisely.
 
 Polygons are filled as in pycocotools, by the even-odd rule; an object is the union of its parts. So a polygon whose
 vertices are corners of pixels covers exactly the pixels inside, even if it traverses a line in both directions, as
 around a hole or between two parts.
 
 Every object keeps its whole mask. Where objects overlap, the smaller one is on top, and crowds are at the bottom;
-labelme's objects are drawn in the order of the file, as in its own tools. For the task "semantic", the visible pixels
-of the objects of a class are merged, and pixels without an object get the class `background` or `_background_`, if
-there is one.
+labelme's and Supervisely's objects are drawn in the order of the file, as in their own tools. For the task "semantic",
+the visible pixels of the objects of a class are merged, and pixels without an object get the class `background` or
+`_background_`, if there is one.
 """
 
 from abc import abstractmethod
