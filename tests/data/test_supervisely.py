@@ -288,7 +288,7 @@ def test_datasets_with_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     parts = {part: load_supervisely(tmp_path, part) for part in ("train", "val", "all", "two")}
     assert [len(part) for part in parts.values()] == [9, 2, 11, 5]
     assert [item["image_id"] for item in parts["val"]] == ["one/img/00.png", "two/img/10.png"]
-    assert len(said) == 3 and "tags such as `train` and `val`, which are not read" in said[0]
+    assert len(said) == 3 and "images with the tag 'val'. Tags are not read: if they are splits, put" in said[0]
 
 
 def test_images_and_annotations_that_do_not_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

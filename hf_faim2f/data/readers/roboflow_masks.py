@@ -48,8 +48,8 @@ def find_classes(root: Path) -> Path | None:
 
     Roboflow's export for classification has a file of the same name, but no masks.
     """
-    folders = [root, *find_parts(root).values()]
-    return next((path / CLASSES_FILE for path in folders if (path / CLASSES_FILE).is_file() and _has_masks(path)), None)
+    files = (path / CLASSES_FILE for path in (root, *sorted(root.glob("*/"))))
+    return next((path for path in files if path.is_file() and _has_masks(path.parent)), None)
 
 
 def _has_masks(folder: Path) -> bool:

@@ -126,10 +126,12 @@ def load_supervisely(
     _warn_of_objects(root, left_out, rectangles)
     for place in places:
         _warn_of_images(place)
-    if part is None and len({kind_of_part(tag) for tag in tags} - {None}) > 1:
+    # Not `train` alone, which may be a vehicle.
+    of_parts = sorted(tag for tag in tags if kind_of_part(tag) in ("val", "test"))
+    if part is None and of_parts:
         logger.warning_once(
-            f"{root} has images with tags such as `train` and `val`, which are not read: to use them as splits, put "
-            "the images into datasets of these names."
+            f"{root} has images with the tag {of_parts[0][:60]!r}. Tags are not read: if they are splits, put the "
+            "images into datasets called train and val."
         )
     ids = {name: number for number, name in enumerate(names)}
     things = frozenset(ids.values() if task == "instance" else ())
