@@ -444,6 +444,41 @@ def test_labelmes_parts_in_inner_folders_are_not_mixed(tmp_path: Path, names: tu
         assert [item["image_id"] for item in load_labelme(tmp_path, part)] == [f"{name}/{k}" for k in range(count)]
 
 
+def test_images_without_a_json_file_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each folder; not an image inside a JSON file, nor one that a file of another name or part names."""
+    said: list[str] = []
+    monkeypatch.setattr(labelme_reader.logger, "warning_once", said.append)
+    inside = base64.b64encode(photo(tmp_path / "other" / "c.jpg").read_bytes()).decode()
+    flat_root = tmp_path / "flat"
+    labelme(flat_root / "a.json", [shape("ring", SQUARE)])
+    labelme(flat_root / "b.json", [shape("ring", SQUARE)], imageData=inside)
+    labelme(flat_root / "1.json", [shape("ring", SQUARE)], imagePath="pictures/d.jpg")
+    photo(flat_root / "pictures" / "d.jpg")
+    (flat_root / "1.jpg").unlink()
+    photo(flat_root / "elsewhere" / "e.jpg")
+    load_labelme(flat_root, "all")
+    assert not said
+    for name in ("new.jpg", "newer.PNG", "pictures/x.jpg"):
+        photo(flat_root / name)
+    load_labelme(flat_root, "train")
+    (warning,) = said
+    assert "has 3 images without a JSON file, such as new.jpg: not read" in warning
+
+    said.clear()
+    divided = tmp_path / "divided"
+    for part in ("train", "val"):
+        labelme(divided / "json" / part / f"{part}.json", [shape("ring", SQUARE)], imagePath=f"../../all/{part}.jpg")
+        (divided / "json" / part / f"{part}.jpg").unlink()
+        photo(divided / "all" / f"{part}.jpg")
+    (divided / "labels.txt").write_text("ring\n")  # so that the files of other parts are not opened
+    load_labelme(divided, "train")
+    assert not said
+    photo(divided / "all" / "spare.jpg")
+    photo(divided / "json" / "train" / "val.jpg")  # val.json is of another folder
+    load_labelme(divided, "train")
+    assert "has 2 images without a JSON file, such as all/spare.jpg" in said[0]
+
+
 def test_an_image_path_of_another_image(tmp_path: Path) -> None:
     """Renumbered files keep the old name inside, which may now belong to the next image."""
     labelme(tmp_path / "1.json", [shape("ring", SQUARE)])

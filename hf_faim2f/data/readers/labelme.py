@@ -6,6 +6,7 @@
 Shapes with the same label and `group_id` are one object. Shapes without an area (points, lines) are left out, with a
 warning. The image is the file `imagePath`, or else the one beside the JSON with its name, or else `imageData` in the
 JSON. If the first two exist under different names, it is not clear which one was annotated, and the JSON is rejected.
+An image that no JSON file belongs to is not read, which is said in a warning.
 
 For the task "semantic", later shapes are on top, `__ignore__` is no class, and pixels without a shape get the class
 `_background_` or `background` if there is one. For "instance", shapes with these three labels are left out.
@@ -34,6 +35,7 @@ from ...files import files_below
 from ...masks import decode_run_lengths, encode_run_lengths, is_finite, to_run_lengths
 from ..dataset import IMAGE_FEATURE, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import (
+    IMAGE_SUFFIXES,
     SUFFIXES_TRIED,
     AnnotationFrame,
     check_stated_size,
@@ -117,14 +119,16 @@ def load_labelme(
     columns: dict[str, list[Any]] = {
         name: [] for name in ("image", "file_name", "image_id", "height", "width", "annotations")
     }
+    images: dict[Path, Path] = {}
     without_area: Counter[str] = Counter()
     for path, document in documents.items():
         if part is not None and parts[path] != part:
             continue
         without_area.update(one["label"] for one in document.shapes if one.get("shape_type") in WITHOUT_AREA)
         try:
-            objects = document.objects(ids, task)
             source = document.image()
+            images[path] = Path(source["path"])
+            objects = document.objects(ids, task)
         except DatasetError as error:
             problems.add(error)
             continue
@@ -135,6 +139,7 @@ def load_labelme(
         columns["height"].append(document.height)
         columns["width"].append(document.width)
         columns["annotations"].append(json.dumps(objects, separators=(",", ":")))
+    _warn_of_spare_images(root, images, parts, part)
     if without_area:
         listed = ", ".join(f"{count:,} of {label}" for label, count in without_area.most_common())
         logger.warning_once(
@@ -153,6 +158,42 @@ def load_labelme(
     }  # fmt: skip
     data = lazy_dataset(columns, features, LabelmeReader(description, str(root)))
     return data if part is not None else hold_out(data, split, str(root))
+
+
+def _warn_of_spare_images(
+    root: Path, images: Mapping[Path, Path], parts: Mapping[Path, str | None], part: str | None
+) -> None:
+    """Warns of images that no JSON file belongs to, in the folders of the images that are read and of their JSON files.
+
+    Args:
+        root: the folder of the dataset.
+        images: the image of each JSON file that could be read, or the file itself if it contains the image.
+        parts: the part of each JSON file.
+        part: the part that is read; None for all.
+    """
+    used = {os.path.abspath(path) for path in images.values()}
+    own = {path for path in parts if part is None or parts[path] == part}
+    beside = {path.with_suffix("") for path in parts}
+    # The images of these files are known only by their names.
+    broken = {path.stem for path in own if path not in images}
+    others = {path.stem for path in parts if path not in own}
+    folders = {os.path.abspath(path.parent) for path in (*own, *images.values())}
+    spare = [
+        path
+        for path in files_below(root, IMAGE_SUFFIXES)
+        if os.path.abspath(path.parent) in folders
+        and os.path.abspath(path) not in used
+        and path.with_suffix("") not in beside
+        and path.stem not in broken
+        # In a folder that the parts share, it may be the image of another part.
+        and (_part_of(path, root) == part or path.stem not in others)
+    ]
+    if spare:
+        what = f"{len(spare):,} images" if len(spare) > 1 else "an image"
+        logger.warning_once(
+            f"{root} has {what} without a JSON file, such as {spare[0].relative_to(root)}: not read. Save a file "
+            "without shapes for an image without objects, annotate the others, or move them elsewhere."
+        )
 
 
 @dataclass
