@@ -4,6 +4,7 @@ An ONNX file can refer to other files that hold its tensors, anywhere on the dis
 graphs with external tensors are rejected before any other file is opened, and libraries get the checked bytes.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -142,6 +143,31 @@ def read_settings(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
             f"{folder} must hold the config.json and preprocessor_config.json that `faim2f export onnx` wrote beside "
             f"the graph ({first_line(error, kind=False)})."
         ) from None
+
+
+def check_labels(description: Path, config: FaiM2FConfig) -> None:
+    """Compares the labels in an export's description with those of the configuration beside it, which are used.
+
+    Args:
+        description: a checked `format.json`, `compiled.json` or `engine.json`.
+        config: the configuration in its folder.
+
+    Raises:
+        ExportError: they differ, so that classes could get the names of another model.
+    """
+    labels = json.loads(description.read_text(encoding="utf-8")).get("labels")
+    own = [config.id2label[class_id] for class_id in range(config.num_labels)]
+    if labels is None or labels == own:
+        return
+    differing = "its labels are not those of config.json beside it"
+    if isinstance(labels, list) and len(labels) == len(own):
+        class_id = next(number for number, name in enumerate(own) if labels[number] != name)
+        theirs, ours = (repr(str(name)[:LONGEST_NAME]) for name in (labels[class_id], own[class_id]))
+        differing = f"it calls class {class_id} {theirs}, but config.json beside it {ours}"
+    raise ExportError(
+        f"{description} may be of another model, because {differing}: export the model again, or, if you renamed "
+        "classes, write the same names into both files."
+    )
 
 
 def clean(model: "onnx_ir.Model", dimensions: Mapping[str, Sequence[int | str]]) -> None:
@@ -342,6 +368,7 @@ def _sides(value: "onnx_ir.Value | None") -> list[int]:
 __all__ = [
     "LAYERS",
     "GraphReport",
+    "check_labels",
     "clean",
     "cut_at",
     "kind_of",

@@ -84,7 +84,7 @@ def export_triton(
     Raises:
         ExportError, OSError: the export failed, or cannot be written; nothing is left behind.
     """
-    from .graph_file import read_settings
+    from .graph_file import check_labels, read_settings
     from .onnx import export_onnx
 
     source, out_dir = Path(source), Path(out_dir)
@@ -108,6 +108,8 @@ def export_triton(
             lines += export_onnx(str(source), folder, verify=verify, **graph)
         network = _engine(folder) if is_engine else _graph(folder / "model.onnx")
         config, processor = read_settings(folder)
+        if is_engine:
+            check_labels(folder / DESCRIPTION, config)
         lines += _write(staging / name, network, config, processor, largest_batch, milliseconds)
     return lines
 

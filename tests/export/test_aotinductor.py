@@ -165,6 +165,8 @@ def test_another_cpu_is_a_sentence(folder: Path) -> None:
         ({"input": {"name": "pixel_values", "shape": [None, 3, 64, None]}}, "does not describe a package"),
         ({"input": {"name": "pixel_values", "shape": [1, 3, 64, float("inf")]}}, "does not describe a package"),
         ({"input": {"name": "pixel_values", "shape": [1, 3, 64, 96]}}, "beside it does not resize to that"),
+        ({"labels": ["anchor"]}, "its labels are not those of config.json beside it"),
+        ({"labels": 3}, "its labels are not those of config.json beside it"),
     ],
 )
 def test_what_does_not_fit_is_not_opened(changes: dict[str, Any], told: str, folder: Path, monkeypatch: Any) -> None:

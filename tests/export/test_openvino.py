@@ -176,6 +176,21 @@ def test_a_description_that_does_not_fit_is_refused(changes: dict[str, Any], tol
     assert told in refusal(folder)
 
 
+def test_a_configuration_with_other_labels_is_refused(folder: Path) -> None:
+    """As after `config.json` was copied from a model with as many classes; renaming a class in both files is fine."""
+    config = json.loads((folder / "config.json").read_text())
+    number = len(config["id2label"]) - 1
+    before = config["id2label"][str(number)]
+    config["id2label"][str(number)], config["label2id"] = "anchor", None
+    (folder / "config.json").write_text(json.dumps(config))
+    told = refusal(folder)
+    assert f"it calls class {number} {before!r}, but config.json beside it 'anchor'" in told
+    assert "export the model again" in told
+    labels = json.loads((folder / "format.json").read_text())["labels"]
+    describe(folder, labels=[*labels[:-1], "anchor"])
+    assert Predictor.from_pretrained(folder, "openvino").network.config.id2label[number] == "anchor"
+
+
 def test_a_description_of_any_depth_is_refused(folder: Path) -> None:
     (folder / "format.json").write_text("[" * 100_000)
     assert "does not describe an export (RecursionError" in refusal(folder)

@@ -15,6 +15,7 @@ from hf_faim2f.cli import main
 from hf_faim2f.errors import ExportError
 from hf_faim2f.export.triton import export_triton
 from hf_faim2f.files import sha256_of
+from hf_faim2f.runtime import Predictor, PredictorError
 from tests.support.lively_model import LABELS, save_model
 from tests.support.shared import exported
 
@@ -103,11 +104,19 @@ def test_engines_are_those_of_triton_s_library(model: Path, tmp_path: Path) -> N
         "library": {"name": "tensorrt-rtx", "version": "1.7"},
         "engine": {"sha256": sha256_of(b"a plan")},
     }
+    labels = list(LABELS.values())
     (engine / "engine.json").write_text(json.dumps(described))
     with pytest.raises(ExportError, match="Triton opens engines of the library tensorrt alone"):
         export_triton(engine, tmp_path / "out")
     described["library"] = {"name": "tensorrt", "version": "10.7"}
     (engine / "engine.json").write_text(json.dumps(described))
+    for other in (["anchor"], [*labels[:-1], "anchor"]):
+        (engine / "engine.json").write_text(json.dumps({**described, "labels": other}))
+        with pytest.raises(ExportError, match="engine.json may be of another model, because it"):
+            export_triton(engine, tmp_path / "out")
+        with pytest.raises(PredictorError, match="engine.json may be of another model, because it"):
+            Predictor.from_pretrained(engine, "tensorrt")  # says so before it looks for a GPU
+    (engine / "engine.json").write_text(json.dumps({**described, "labels": labels}))
     with pytest.raises(ExportError, match="takes at most 4 images at once, not 5"):
         export_triton(engine, tmp_path / "out", largest_batch=5)
     export_triton(engine, tmp_path / "out")

@@ -115,13 +115,16 @@ def open_format(format_name: str, name: str, device: str | None = None) -> Netwo
         device: "cpu", or another device of the runtime, such as OpenVINO's "gpu" or "gpu:1"; None for the CPU.
 
     Raises:
-        PredictorError: there is no such folder or device, or the folder is damaged or of another format.
+        PredictorError: there is no such folder or device, or the folder is damaged or of another format, or its
+            files name other classes than its configuration.
     """
-    from ...export.formats import FORMATS, open_exported, read_description
+    from ...export.formats import DESCRIPTION, FORMATS, open_exported, read_description
+    from ...export.graph_file import check_labels
 
     try:
         description = read_description(Path(name), format_name)
         config, processor = open_settings(name, error=PredictorError)
+        check_labels(description.folder / DESCRIPTION, config)
         run = open_exported(description, device)
     except ExportError as error:
         raise PredictorError(str(error)) from error

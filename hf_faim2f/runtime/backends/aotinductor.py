@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from ...errors import ExportError, PredictorError
-from ...export.aotinductor import PACKAGE, open_package, read_description
+from ...export.aotinductor import DESCRIPTION, PACKAGE, open_package, read_description
+from ...export.graph_file import check_labels
 from ...zoo import open_settings
 from . import BATCH_SIZE, Network, check_size
 
@@ -17,7 +18,8 @@ def open_network(name: str, device: str | None = None) -> Network:
         device: None, or the device that the package was compiled for.
 
     Raises:
-        PredictorError: there is no such folder, or the package is for another device, CPU, GPU or release of torch.
+        PredictorError: there is no such folder, or the package is for another device, CPU, GPU or release of torch,
+            or its labels are not those of the configuration.
     """
     try:
         compiled = read_description(Path(name))
@@ -27,6 +29,7 @@ def open_network(name: str, device: str | None = None) -> Network:
                 "export the model for that device."
             )
         config, processor = open_settings(name, error=PredictorError)
+        check_labels(compiled.folder / DESCRIPTION, config)
         batch, _, height, width = compiled.shape
         size = None if height is None or width is None else (height, width)
         check_size(Path(name) / PACKAGE, processor, size)

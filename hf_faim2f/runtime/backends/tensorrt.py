@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from ...errors import ExportError, PredictorError
-from ...export.engine import EngineRunner, open_engine, read_description
+from ...export.engine import DESCRIPTION, EngineRunner, open_engine, read_description
+from ...export.graph_file import check_labels
 from ...zoo import open_settings
 from . import Network
 
@@ -20,7 +21,8 @@ def open_network(name: str, device: str | None = None) -> Network:
         device: "cuda" or "cuda:N"; None for the first GPU.
 
     Raises:
-        PredictorError: there is no such folder or GPU, or the engine is for another GPU or library version.
+        PredictorError: there is no such folder or GPU, or the engine is for another GPU or library version, or its
+            labels are not those of the configuration.
     """
     matched = re.fullmatch(r"cuda(?::(\d+))?", device or "cuda")
     if matched is None:
@@ -29,6 +31,7 @@ def open_network(name: str, device: str | None = None) -> Network:
     try:
         engine = read_description(Path(name))
         config, processor = open_settings(name, error=PredictorError)
+        check_labels(engine.folder / DESCRIPTION, config)
         if torch.cuda.is_available() and index >= torch.cuda.device_count():
             raise PredictorError(f"There is no device {device!r} here, only {torch.cuda.device_count()} CUDA devices.")
         runner = EngineRunner(engine, *open_engine(engine, index), torch.device("cuda", index))
