@@ -86,6 +86,12 @@ def path_inside(root: Path, name: Any, named_by: str) -> Path:
     return slashed if "\\" in name and not os.path.exists(path) and os.path.exists(slashed) else path
 
 
+def png_inside(root: Path, stem: str, named_by: str) -> Path:
+    """The PNG file of an untrusted name without suffix, as in `path_inside`; the suffix may be in capitals."""
+    paths = [path_inside(root, stem + suffix, named_by) for suffix in (".png", ".PNG")]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def file_source(path: Path) -> dict[str, Any]:
     """The entry of a file in a column of undecoded images."""
     return {"bytes": None, "path": str(path)}

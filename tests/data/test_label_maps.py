@@ -74,6 +74,21 @@ def test_suffixes_in_capitals_and_backslashes_in_lists(tmp_path: Path) -> None:
     assert load_voc(tmp_path, "val")[0]["file_name"] == "town/2007_1.JPG"
 
 
+@pytest.mark.parametrize("divided", [True, False])
+@pytest.mark.parametrize("in_capitals", [("Class",), ("Object",), ("Class", "Object")])
+def test_masks_with_suffixes_in_capitals(tmp_path: Path, in_capitals: tuple[str, ...], divided: bool) -> None:
+    classes, objects = voc(tmp_path)
+    for kind in in_capitals:
+        path = tmp_path / f"Segmentation{kind}" / "2007_1.png"
+        path.rename(path.with_suffix(".PNG"))
+    if not divided:
+        shutil.rmtree(tmp_path / "ImageSets")
+    split = "train" if divided else "all"
+    semantic, instance = (load_voc(tmp_path, split, task)[0] for task in ("semantic", "instance"))
+    assert torch.equal(class_map(semantic), torch.from_numpy(np.where(classes == 255, -1, classes)))
+    assert torch.equal(instance["segments"] >= 0, torch.from_numpy((objects > 0) & (objects < 255)))
+
+
 def test_without_lists_hidden_files_are_no_images(tmp_path: Path) -> None:
     """macOS writes ._NAME next to each file on foreign file systems."""
     voc(tmp_path)
@@ -220,6 +235,9 @@ def test_camvids_lists_and_void(tmp_path: Path) -> None:
     assert torch.equal(class_map(data[0]), torch.from_numpy(np.where(values == 11, -1, values)))
     (tmp_path / "train.txt").write_text("/SegNet/CamVid/train/b.png /SegNet/CamVid/trainannot/b.png\n")
     assert load_camvid(tmp_path)[0]["image_id"] == "b" and len(load_camvid(tmp_path)) == 1
+    (tmp_path / "trainannot" / "a.png").rename(tmp_path / "trainannot" / "a.PNG")
+    (tmp_path / "train.txt").write_text("/SegNet/CamVid/train/a.png\n")
+    assert load_camvid(tmp_path)[0]["image_id"] == "a"
     (tmp_path / "train.txt").write_text("/SegNet/CamVid/train/c.png\n")
     with pytest.raises(DatasetError, match="no file .*c.png, which .*train.txt names"):
         load_camvid(tmp_path)
@@ -233,6 +251,7 @@ def test_camvid_in_colors(tmp_path: Path) -> None:
     colors = np.full((SIDE, SIDE, 3), (128, 64, 128), dtype=np.uint8)
     colors[:3] = 0
     save(tmp_path / "val_labels" / "a_L.png", colors)
+    (tmp_path / "val_labels" / "a_L.png").rename(tmp_path / "val_labels" / "a_L.PNG")
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\nSky,128,128,128\nRoad,128,64,128\nVoid,0,0,0\n")
     data = load_camvid(tmp_path, "val")
     assert describe(data).labels == ("Sky", "Road")

@@ -16,8 +16,9 @@ import datasets
 from transformers.utils import logging
 
 from ...errors import DatasetError, MissingPartError
+from ...files import files_below
 from ..dataset import ROW_FEATURES, Problems, find_part, hold_out, lazy_dataset
-from ..files import AnnotationFrame, file_source, path_inside, read_small_text
+from ..files import AnnotationFrame, file_source, path_inside, png_inside, read_small_text
 from .folder import LABELS_FILE, describe_maps, paired_maps, read_labels
 from .maps import SemanticMapReader, class_of_value
 from .palette import find_palette, is_palette, load_colors
@@ -71,9 +72,10 @@ def load_camvid(
     colors = find_palette([root], palette, labels)
     if colors is not None:
         end = ENDS[next(end for end in ENDS if masks.name.endswith(end))]
+        has_end = any(path.stem.endswith(end) for path in files_below(masks, (".png",)))
         data = load_colors(
             root, colors, images=images.name, masks=masks.name, skip_bad=skip_bad, annotation_frame=annotation_frame,
-            mask_end=end if any(masks.rglob(f"*{end}.png")) else "",
+            mask_end=end if has_end else "",
         )  # fmt: skip
         return data if own is not None else hold_out(data, split, str(root))
     has_names = (root / LABELS_FILE).is_file() and not is_palette(root / LABELS_FILE)
@@ -103,7 +105,8 @@ def _listed(path: Path, images: Path, masks: Path, problems: Problems) -> dict[s
             continue
         try:
             image = _below(images, words[0], path)
-            mask = _below(masks, words[1] if len(words) > 1 else f"{image.stem}.png", path)
+            own = words[1] if len(words) > 1 else png_inside(masks, image.stem, str(path)).name
+            mask = _below(masks, own, path)
         except DatasetError as error:
             problems.add(error)
             continue

@@ -32,6 +32,7 @@ from ..files import (
     file_source,
     has_colors,
     path_inside,
+    png_inside,
     png_palette,
     read_colors,
     read_map,
@@ -101,7 +102,7 @@ def load_voc(
     for name in names:
         try:
             image = _image(folder, name)
-            masks = [path_inside(folder / kind, f"{name}.png", str(folder)) for kind in (CLASSES, OBJECTS)]
+            masks = [png_inside(folder / kind, name, str(folder)) for kind in (CLASSES, OBJECTS)]
             for mask in masks if task == "instance" else masks[:1]:
                 if not mask.is_file():
                     raise DatasetError(f"{image} has no mask: there is no file {mask}.")
@@ -205,8 +206,9 @@ class VocReader(MapReader):
         """One segment for each class, or for each object."""
         if self.description.task == "semantic":
             return self._classes(source, height, width)
-        name = Path(source_name(source)).relative_to(Path(self.class_folder).with_name(OBJECTS))
-        found = self._classes({**source, "path": str(Path(self.class_folder, name))}, height, width)
+        class_folder = Path(self.class_folder)
+        name = Path(source_name(source)).relative_to(class_folder.with_name(OBJECTS)).with_suffix("").as_posix()
+        found = self._classes({**source, "path": str(png_inside(class_folder, name, OBJECTS))}, height, width)
         labels = torch.tensor([*found.classes, -1])[found.ids().long()].numpy()
         values, places = self._objects(source, height, width)
         count = len(self.description.labels) + 2  # also no class, and the background
