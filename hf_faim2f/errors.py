@@ -11,6 +11,7 @@ none, by the module of the exception's class.
 import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,6 +110,17 @@ def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.4) -> str | 
         cutoff: minimum similarity, 0 to 1 (`difflib.SequenceMatcher.ratio`).
     """
     return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
+
+
+def equal_names(names: Iterable[str]) -> tuple[str, str] | None:
+    """The first two names that look the same: they differ at most in spaces and in their Unicode form; None if none."""
+    first: dict[str, str] = {}
+    for name in names:
+        shown = unicodedata.normalize("NFC", " ".join(name.split()))
+        if shown in first:
+            return first[shown], name
+        first[shown] = name
+    return None
 
 
 def sentence(error: BaseException) -> str:
@@ -292,6 +304,7 @@ __all__ = [
     "UnusableImageError",
     "VideoError",
     "WebError",
+    "equal_names",
     "first_line",
     "hub_error",
     "is_network_error",

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers.utils import logging
 
-from ..errors import DatasetError, MissingPartError, UnusableImageError
+from ..errors import DatasetError, MissingPartError, UnusableImageError, equal_names
 from .files import UNNAMED, AnnotationFrame, Source, has_ambiguous_frame, is_of_stored_pixels, read_header, source_name
 from .item import Item, SegmentCounts, count_segments
 
@@ -64,12 +64,8 @@ def source_of(value: Any) -> Source:
 
 
 def identity(row: Mapping[str, Any], image: str) -> tuple[int | str, str]:
-    """(image id, file name) of a row. Without a `file_name` column, the file name is the image's, or else the id.
-
-    Args:
-        row: the row.
-        image: name of the image column.
-    """
+    """(image id, file name) of a row, by the name of its image column. Without a `file_name` column, the file name is
+    the image's, or else the id."""
     image_id = row["image_id"]
     path = str(source_of(row[image]).get("path") or "")
     return image_id, row.get("file_name") or PurePath(path).name or str(image_id)
@@ -112,6 +108,9 @@ class Description:
                 f"labels of {self.name} must be class names in the order of their ids, 0, 1, 2 and so on, not "
                 f"{', '.join(map(repr, self.labels)) or 'none'}."
             )
+        if same := equal_names(self.labels):
+            names = f"{same[0]!a} and {same[1]!a}"
+            raise DatasetError(f"{self.name} has the class names {names}, which read the same: rename or merge them.")
 
     @property
     def id2label(self) -> dict[int, str]:

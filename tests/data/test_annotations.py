@@ -290,11 +290,13 @@ def test_more_classes_than_colors_are_refused(tmp_path: Path) -> None:
 def test_names_that_a_list_of_names_cannot_hold(tmp_path: Path) -> None:
     root = write_tree("yolo", tmp_path / "data")
     settings = (root / "data.yaml").read_text()
-    for name in ('"square "', '"two\\nlines"'):  # a duplicate, and a name that would shift the ones after it
-        (root / "data.yaml").write_text(settings.replace("2: disc", f"2: {name}"))
-        with pytest.raises(DatasetError, match="labels.txt of the format masks cannot hold the class name"):
-            convert_data(parts_of("yolo", root), tmp_path / "out", "masks")
-        assert not (tmp_path / "out").exists()
+    words = "labels.txt of the format masks cannot hold the class name"
+    with pytest.raises(DatasetError, match=words):
+        AnnotationFolder(tmp_path, "masks", ["square", "square "])  # such as a model's; readers refuse them
+    (root / "data.yaml").write_text(settings.replace("2: disc", '2: "two\\nlines"'))  # would shift the names after it
+    with pytest.raises(DatasetError, match=words):
+        convert_data(parts_of("yolo", root), tmp_path / "out", "masks")
+    assert not (tmp_path / "out").exists()
     convert_data(parts_of("yolo", root), tmp_path / "out", "coco")
 
 

@@ -166,6 +166,8 @@ BAD_YAML = [
     ({"names": {0: "a", "x": "b"}}, "class id 'x'"),
     ({"names": [True, "b"]}, "name 'True' for class 0: write it in quotes"),
     ({"names": {0: "ring", 3: "sail", 7: "ring"}}, "the name 'ring' for the classes 0 and 7: rename one of them"),
+    ({"names": ["ring", " ring"]}, "the name 'ring' for the classes 0 and 1: rename one of them"),
+    ({"names": ["top  sail", "top sail"]}, "'top  sail' and 'top sail', which read the same: rename or merge them"),
     ({"names": ["a"], "nc": 2}, "says that there are 2 classes"),
     ({"kpt_shape": [17, 3]}, "describes keypoints"),
     ({"train": "../../outside"}, "lies outside"),
@@ -336,6 +338,21 @@ def test_any_json_with_its_images_somewhere(tmp_path: Path) -> None:
         load_coco(None, "all", annotations=[path], images=[tmp_path / "nowhere"])
     with pytest.raises(DatasetError, match="lies outside"):
         load_coco(write(tmp_path / "bad.json", document("../elsewhere/a.jpg")), "all")
+
+
+def test_names_are_read_without_the_spaces_around_them(tmp_path: Path) -> None:
+    """They are in no table, so that two classes would look like one."""
+    photo(tmp_path / "photos" / "a.jpg")
+    path = write(tmp_path / "a.json", document(categories=[{"id": 1, "name": " ring\t"}, {"id": 2, "name": "sail"}]))
+    data = load_coco(None, "all", annotations=[path], images=[tmp_path / "photos"])
+    assert describe(data).labels == ("ring", "sail")
+    write(path, document(categories=[{"id": 1, "name": "sail"}, {"id": 2, "name": "sail "}]))
+    with pytest.raises(DatasetError, match="the class name 'sail' for the categories 1 and 2: rename one of them"):
+        load_coco(None, "all", annotations=[path], images=[tmp_path / "photos"])
+    write(path, document(categories=[{"id": 1, "name": "ring"}, {"id": 2, "name": " "}]))
+    with pytest.raises(DatasetError, match="has a category without a whole number as id and a name"):
+        load_coco(None, "all", annotations=[path], images=[tmp_path / "photos"])
+    assert describe(load_yolo(yolo(tmp_path / "yolo", names=["ring ", "sail"]))).labels == ("ring", "sail")
 
 
 def test_a_box_without_outline_is_refused(tmp_path: Path) -> None:

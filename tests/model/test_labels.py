@@ -111,6 +111,9 @@ def test_conversion_and_data_refuse_gaps(tmp_path: Path) -> None:
         load_folder(write_folder(tmp_path / "data", 1), labels=data)
     with pytest.raises(DatasetError, match="not none"):
         Description("nothing", "semantic", ())
+    for same in (("car", "sky", "car"), ("car", "car "), ("low wall", "low  wall"), ("caf\u00e9", "cafe\u0301")):
+        with pytest.raises(DatasetError, match="^cars has the class names .*, which read the same: rename or merge"):
+            Description("cars", "semantic", same)
 
 
 def test_label2id_and_stuff_follow_the_labels_of_a_configuration() -> None:

@@ -27,7 +27,7 @@ class CocoDocument:
         path: path of the file.
         image_folder: the folder of its images.
         problems: raises or collects problems with individual images.
-        labels: names of the categories, in the order of their ids.
+        labels: names of the categories, in the order of their ids, without spaces around them.
         things: the classes that are things; all of them if the file does not specify it.
         class_of_category: the rank of each category id.
         raw: the parsed JSON.
@@ -73,7 +73,8 @@ class CocoDocument:
             raise DatasetError(f"{path} is not COCO's JSON: every entry of {', '.join(_LISTS)} must be an object.")
         categories = _without_group(raw) if drop_group else raw["categories"]
         for category in categories:
-            if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
+            name = category.get("name")
+            if type(category.get("id")) is not int or not isinstance(name, str) or not name.strip():
                 raise DatasetError(f"{path} has a category without a whole number as id and a name: {category}.")
             if needs_things and category.get("isthing") not in (0, 1):
                 raise DatasetError(f"{path} does not say with isthing whether category {category['name']} is a thing.")
@@ -81,15 +82,16 @@ class CocoDocument:
         classes = {category["id"]: index for index, category in enumerate(categories)}
         if not classes or len(classes) != len(categories):
             raise DatasetError(f"{path} has {'two categories with one id' if classes else 'no categories'}.")
+        # Names are typed by hand, and spaces around them are in no table.
+        labels = tuple(category["name"].strip() for category in categories)
         first_of: dict[str, int] = {}
-        for category in categories:
-            if (first := first_of.setdefault(category["name"], category["id"])) != category["id"]:
+        for name, category in zip(labels, categories, strict=True):
+            if (first := first_of.setdefault(name, category["id"])) != category["id"]:
                 raise DatasetError(
-                    f"{path} has the class name {category['name']!r} for the categories {first} and {category['id']}: "
-                    "rename one of them, or merge them."
+                    f"{path} has the class name {name!r} for the categories {first} and {category['id']}: rename one "
+                    "of them, or merge them."
                 )
         things = frozenset(i for i, category in enumerate(categories) if category.get("isthing", 1))
-        labels = tuple(category["name"] for category in categories)
         folder = image_folder if isinstance(image_folder, Path) else _folder_of(raw, image_folder)
         document = cls(path, folder, problems, labels, things, classes, raw)
         document._read_images()

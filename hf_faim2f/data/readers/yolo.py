@@ -189,7 +189,7 @@ def _names(content: Mapping[Any, Any], path: Path) -> dict[int, str]:
             name = str(name)
         if not isinstance(name, str) or not name.strip():
             raise DatasetError(f"{path} has the name {str(name)[:60]!r} for class {number}: write it in quotes.")
-        found[number] = name
+        found[number] = name.strip()
     first_of: dict[str, int] = {}
     for number, name in found.items():
         if (first := first_of.setdefault(name, number)) != number:
