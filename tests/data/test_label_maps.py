@@ -246,6 +246,26 @@ def test_camvids_lists_and_void(tmp_path: Path) -> None:
     assert class_map(load_camvid(tmp_path)[0]).max() == 11
 
 
+@pytest.mark.parametrize("name", ["ade20k", "camvid"])
+def test_no_task_is_suggested_that_the_format_does_not_have(name: str, tmp_path: Path) -> None:
+    """A map of instances, by numbers or colors, in a format with the task semantic alone."""
+    of_ade = ("images/training", "annotations/training", "ADE_train_00000001")
+    images, maps, stem = of_ade if name == "ade20k" else ("train", "trainannot", "a")
+    save(tmp_path / images / f"{stem}.png", photo(SIDE, SIDE))
+    mask = tmp_path / maps / f"{stem}.png"
+    for values, words in (
+        (np.full((SIDE, SIDE), 1001, dtype=np.uint16), "has the value 1001, which no class of"),
+        (photo(SIDE, SIDE), "mode 'RGB'"),
+    ):
+        save(mask, values)
+        data = open_data(name, DataSource(str(tmp_path)), "train")
+        with pytest.raises(DatasetError, match=words) as raised:
+            data.items[0]
+        assert "--task" not in str(raised.value) and str(raised.value).endswith(".")
+        with pytest.raises(ValueError, match="not for instance"):
+            open_data(name, DataSource(str(tmp_path), task="instance"), "train")
+
+
 def test_camvid_in_colors(tmp_path: Path) -> None:
     save(tmp_path / "val" / "a.png", photo(SIDE, SIDE))
     colors = np.full((SIDE, SIDE, 3), (128, 64, 128), dtype=np.uint8)

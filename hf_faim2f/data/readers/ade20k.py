@@ -69,7 +69,7 @@ def load_ade20k(
     )
     classes = class_of_value(len(labels), ignore_index=None, reduce_labels=True)
     features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
-    return lazy_dataset(columns, features, SemanticMapReader(description, classes))
+    return lazy_dataset(columns, features, SemanticMapReader(description, classes, has_instances=False))
 
 
 def load_ade20k_parquet(

@@ -92,7 +92,7 @@ def load_camvid(
     if names == CLASSES:
         classes.setdefault(len(CLASSES), -1)
     features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
-    data = lazy_dataset(columns, features, SemanticMapReader(description, classes))
+    data = lazy_dataset(columns, features, SemanticMapReader(description, classes, has_instances=False))
     return data if own is not None else hold_out(data, split, str(root))
 
 

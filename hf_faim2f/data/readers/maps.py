@@ -231,10 +231,12 @@ class SemanticMapReader(MapReader):
 
     Args:
         classes: the class of each value, from `class_of_value`; a map with any other value is rejected.
+        has_instances: whether the format also has the task "instance", which messages may then suggest.
         image, annotation: names of the columns.
     """
 
     classes: Mapping[int, int]
+    has_instances: bool = field(default=True, kw_only=True)
 
     def values(self, row: Mapping[str, Any]) -> list[int]:
         """The distinct values in a row's map."""
@@ -246,7 +248,7 @@ class SemanticMapReader(MapReader):
         try:
             values, places = index_values(read_map(source, height, width))
         except DatasetError as error:
-            if "must have one channel" not in str(error):
+            if not self.has_instances or "must have one channel" not in str(error):
                 raise
             raise DatasetError(f"{str(error)[:-1]}; if its colors encode instances, pass --task instance.") from error
         unknown = [value for value in values if value not in self.classes]
@@ -261,7 +263,7 @@ class SemanticMapReader(MapReader):
             )
         if unknown:
             owners = {value // INSTANCES_PER_CLASS - 1 for value in unknown}
-            are_instances = owners <= set(range(len(self.description.labels)))
+            are_instances = self.has_instances and owners <= set(range(len(self.description.labels)))
             raise DatasetError(
                 f"{source_name(source)} has the value{'s' if len(unknown) > 1 else ''} "
                 f"{', '.join(map(str, unknown[:5]))}{' and others' if len(unknown) > 5 else ''}, which no class of "
