@@ -27,7 +27,7 @@ from transformers.utils import logging
 from ..errors import DatasetError
 from ..files import files_below, read_text, warn_of_unread
 from ..model.channels_faim2f import RGB
-from ..model.image_bands_faim2f import ARRAY_SUFFIXES, bands_header
+from ..model.image_bands_faim2f import ARRAY_SUFFIXES, Bands, bands_header, check_pixels
 from ..model.image_files_faim2f import (
     EXIF_TURNS,
     IMAGE_SUFFIXES,
@@ -140,6 +140,8 @@ def read_with_orientation(source: Source, num_channels: int = RGB) -> tuple[Tens
 
     def read() -> tuple[Tensor, int, bool]:
         decoded = decode_image(file, num_channels=num_channels)
+        if isinstance(decoded, Bands) and decoded.array.size:
+            check_pixels(decoded, decoded.array, do_rescale=True)
         pixels = next(load_images([decoded], do_rescale=True, num_channels=num_channels))
         return pixels, decoded.orientation, isinstance(decoded, Decoded) and num_channels == RGB
 

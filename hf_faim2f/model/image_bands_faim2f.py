@@ -347,4 +347,35 @@ def these_channels_first(pixels: Tensor, label: str, input_data_format: str | No
     return pixels if place == "channels_first" else pixels.permute(2, 0, 1)
 
 
-__all__ = ["ARRAY_SUFFIXES", "Bands", "bands_header", "read_bands", "these_channels_first", "tiff_bands"]
+def check_pixels(source: Any, pixels: Any, do_rescale: bool) -> None:
+    """Raises ValueError for an array or tensor of floats in 0..1, if the image processor rescales it.
+
+    Prediction and training reject these; the image processor itself only warns, like those of transformers. Floats
+    without fractions may be a nearly black image in 0..255. Float TIFF files have been scaled.
+
+    Args:
+        source: what the caller passed, decoded by `decode_image` if it is a file.
+        pixels: its pixels, at least one: a tensor or an array.
+        do_rescale: whether the image processor multiplies them by 1/255.
+    """
+    if isinstance(source, Bands) and not source.is_tiff:
+        source = source.array
+    dtype = getattr(source, "dtype", "")
+    is_float = getattr(dtype, "kind", "") == "f" or "float" in str(dtype)  # that of a big-endian array is ">f8"
+    if not do_rescale or not is_float:
+        return
+    if float(pixels.min()) >= 0 and float(pixels.max()) <= 1 and bool((pixels % 1 != 0).any()):
+        raise ValueError(
+            "image 0 is an array of floats in 0..1, but floats are taken as 0..255: multiply it by 255, or pass uint8."
+        )
+
+
+__all__ = [
+    "ARRAY_SUFFIXES",
+    "Bands",
+    "bands_header",
+    "check_pixels",
+    "read_bands",
+    "these_channels_first",
+    "tiff_bands",
+]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .channels_faim2f import RGB
-from .image_bands_faim2f import ARRAY_SUFFIXES, Bands, these_channels_first
+from .image_bands_faim2f import ARRAY_SUFFIXES, Bands, check_pixels, these_channels_first
 from .image_files_faim2f import (
     IMAGE_FORMATS,
     IMAGE_SUFFIXES,
@@ -440,6 +440,7 @@ __all__ = [
     "READ_FORMATS",
     "Bands",
     "Decoded",
+    "check_pixels",
     "decode_image",
     "eight_bit_image",
     "exif_orientation",

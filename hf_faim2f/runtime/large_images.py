@@ -22,8 +22,7 @@ from ..files import printable
 from ..masks import encode_column_blocks, encode_run_lengths
 from ..model.channels_faim2f import picture_of
 from ..model.image_files_faim2f import EXIF_ORIENTATION
-from ..model.image_loading_faim2f import eight_bit_image, load_images
-from .backends import check_pixels
+from ..model.image_loading_faim2f import check_pixels, eight_bit_image, load_images
 from .drawing import Segments, draw_segments
 from .prediction import Box, answer
 from .predictor import Predictor, PreparedImage

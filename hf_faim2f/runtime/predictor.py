@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..errors import ImageError, PredictorError
 from ..model.channels_faim2f import RGB, picture_of
-from ..model.image_loading_faim2f import decode_image, eight_bit_image, load_images
-from .backends import RUNTIMES, Network, check_outputs, check_pixels, load_backend
+from ..model.image_loading_faim2f import check_pixels, decode_image, eight_bit_image, load_images
+from .backends import RUNTIMES, Network, check_outputs, load_backend
 from .precision import Choice, choose_precision, multiplies_bfloat16
 from .prediction import PANOPTIC_THRESHOLD, SUBTASKS, Prediction, answer
 

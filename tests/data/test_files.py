@@ -181,6 +181,22 @@ def test_json_is_named(tmp_path: Path) -> None:
         files.read_json(tmp_path / "b.json")
 
 
+def test_arrays_of_fractions_are_refused_as_in_predictions(tmp_path: Path) -> None:
+    """They would be nearly black in training, where only a warning about "image 0" said so."""
+    path, array = tmp_path / "a.npy", photo(5, 6).astype(np.float32)
+    for channels, values in ((3, array / 255), (3, (array / 255).astype(">f8")), (4, array[..., [0, 1, 2, 0]] / 255)):
+        np.save(path, values)
+        with pytest.raises(DatasetError, match=rf"^{path} is an array of floats in 0..1, .*: multiply it by 255"):
+            files.read_image(source(path), channels)
+    # Dark images in 0..255 have larger or whole values.
+    for values in (array + 0.25, array.round() % 2, np.zeros((5, 6, 3), dtype=np.float32)):
+        np.save(path, values)
+        found = files.read_image(source(path)).permute(1, 2, 0).to(torch.float32)
+        assert torch.equal(found, torch.from_numpy(values))
+    Image.fromarray(array[..., 0] / 255).save(tmp_path / "a.tif")  # scaled when it is read
+    assert torch.equal(files.read_image(source(tmp_path / "a.tif"))[0], torch.from_numpy(array[..., 0]).to(torch.uint8))
+
+
 def test_maps_whose_values_were_changed_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.pgm").write_bytes(b"P5 2 2 20\n\0\1\2\x14")
     (tmp_path / "a.ppm").write_bytes(b"P6 1 1 20\n\0\1\2")

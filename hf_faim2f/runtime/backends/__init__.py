@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import ExportError, PredictorError
 from ...model.configuration_faim2f import FaiM2FConfig
-from ...model.image_bands_faim2f import Bands
 from ...model.image_processing_faim2f import FaiM2FImageProcessor
 from ...zoo import open_settings
 
@@ -158,26 +156,6 @@ def check_size(path: Path, processor: FaiM2FImageProcessor, size: tuple[int, int
         )
 
 
-def check_pixels(source: Any, pixels: Tensor, do_rescale: bool) -> None:
-    """Raises ValueError for an array or tensor of floats in 0..1, if the image processor rescales it.
-
-    Floats without fractions may be a nearly black image in 0..255. Float TIFF files have been scaled.
-
-    Args:
-        source: what the caller passed, decoded by `decode_image` if it is a file.
-        pixels: its pixels, float32.
-        do_rescale: whether the image processor multiplies them by 1/255.
-    """
-    if isinstance(source, Bands) and not source.is_tiff:
-        source = source.array
-    if not do_rescale or "float" not in str(getattr(source, "dtype", "")):
-        return
-    if float(pixels.min()) >= 0 and float(pixels.max()) <= 1 and bool((pixels % 1 != 0).any()):
-        raise ValueError(
-            "image 0 is an array of floats in 0..1, but floats are taken as 0..255: multiply it by 255, or pass uint8."
-        )
-
-
 def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:
     """Raises PredictorError if an output has NaN, which post-processing would silently turn into the first class.
 
@@ -225,7 +203,6 @@ __all__ = [
     "Runtime",
     "check_numbers",
     "check_outputs",
-    "check_pixels",
     "check_size",
     "load_backend",
     "open_format",
