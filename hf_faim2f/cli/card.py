@@ -13,7 +13,7 @@ from ..files import read_object, write_whole
 from ..hub.card import model_card, title_of
 from ..hub.check import list_files
 from ..hub.results import CARD, Measured, merge_tables, other_settings
-from ..hub.sections import holes, license_note
+from ..hub.sections import check_license, holes, license_note
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..zoo import own_folder
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) -> int:
     try:
+        if options.license is not None:
+            check_license(options.license)
         use_weights_url(options.weights_url, str(options.folder))
         options.folder = own_folder(options.folder, FolderError)
         text = renewed_card(options.folder, options.evaluation or [], options.name, options.license, options.repository)

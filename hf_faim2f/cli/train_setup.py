@@ -17,6 +17,7 @@ from ..data.formats import OpenData, open_data
 from ..data.item import Item
 from ..errors import DatasetError, SettingsError
 from ..evaluation.evaluator import SUBTASKS, Evaluator, choose_subtasks
+from ..hub.sections import check_license
 from ..runtime.drawing import supervision
 from ..training.batch_size import AUTO, largest_batch
 from ..training.distillation import Teacher, open_teacher
@@ -166,6 +167,7 @@ def prepare(settings: TrainSettings) -> TrainRun:
         ValueError, OSError, ImportError: invalid settings or unusable input; one sentence.
     """
     require(settings, "model", "out")
+    license_note = check_license(settings.license) if settings.license is not None else None
     use_weights_url(settings.weights_url, str(settings.model), str(settings.backbone), str(settings.teacher))
     _check_teacher(settings)
     settings = settings.resolved()
@@ -238,7 +240,8 @@ def prepare(settings: TrainSettings) -> TrainRun:
         "validation": count_classes(evaluation.items, evaluation.description, skip_bad=settings.skip_bad),
     }
     _check_targets(settings, recipe, train_data, start, counts["train"])
-    notes = [*precision_note, *_weigh_classes(settings, start, train_data, counts["train"], checkpoint)]
+    notes = [f"For the card: {license_note}."] if license_note else []
+    notes += [*precision_note, *_weigh_classes(settings, start, train_data, counts["train"], checkpoint)]
     labels = train_data.description.labels
     notes += filter(None, (channel_note(recipe.augmentations, channels), _flip_note(recipe, labels)))
     if settings.per_device_batch_size == AUTO:

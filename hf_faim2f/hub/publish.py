@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -194,6 +194,8 @@ def publish(
 
     def attempt() -> Plan:
         plan = make_plan(api, contents, repository, branch, private=private)
+        if not plan.exists or not plan.has_branch:
+            _check_metadata(plan)
         if not plan.exists:
             api.create_repo(repository, private=private, exist_ok=True)
         if not plan.has_branch and branch != MAIN:
@@ -227,6 +229,17 @@ def publish(
             "damaged during the upload; run the same command again."
         )
     return str(after.head), sent
+
+
+def _check_metadata(plan: Plan) -> None:
+    """Lets the Hub check the card's metadata, as it does before a commit, so that no empty repository is left behind.
+
+    Raises:
+        ValueError: the Hub rejects it, such as a license that it does not know.
+    """
+    (card,) = (change.content for change in plan.changes if change.name == CARD)
+    text = card.decode("utf-8") if isinstance(card, bytes) else card.read_text(encoding="utf-8")
+    ModelCard(text).validate()
 
 
 def _persist(attempt: Callable[[], _Result], repository: str) -> _Result:

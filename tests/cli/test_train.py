@@ -200,6 +200,13 @@ def test_what_is_missing_is_asked_for(capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
+def test_a_license_that_cannot_be_one_is_refused_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model", "no-such-model", "--out", "x", "--license", "of my own"]) == 2
+    assert capsys.readouterr().err.strip() == (
+        "faim2f train: --license 'of my own' is not a license id of the Hub: pass one such as apache-2.0, or other."
+    )
+
+
 FILES = [
     ("steps: 3\nbatchsize: 4\n", "has the key 'batchsize', which is not a setting; did you mean `batch_size`?"),
     ("3: 4\n", "has the key 3, which is not a setting"),

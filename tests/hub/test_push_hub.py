@@ -323,7 +323,8 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
     for result in results.values():
         assert "nobodysecret" not in json.dumps(result)
     assert adapted.summaries == ["initial commit", "adapter"]
-    for name in ("public", "too-large", "meanwhile", "unlicensed", "long-429"):
+    assert "someone/unlicensed" not in hub.repos
+    for name in ("public", "too-large", "meanwhile", "long-429"):
         assert len(tree(hub, f"someone/{name}")) == 1, name  # no partial commit
 
 

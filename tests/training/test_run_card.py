@@ -144,6 +144,19 @@ def test_what_a_person_has_to_say_is_said_to_them(
     assert ModelCard.load(out / "final" / "README.md").data.eval_results is None
     assert main(["push", str(out / "final"), "me/x", "--dry-run"]) == 2
     assert "names no license (`faim2f card DIR --license apache-2.0`" in capsys.readouterr().err
+    # A license that the Hub may not know is said before the training, and one that it cannot know is refused.
+    assert main(command(places, out, "--steps", "1", "--eval-limit", "1", "--license", "apache-2")) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("'apache-2' is not an id of the Hub that this version knows") < printed.index(
+        "Recipe finetune"
+    )
+    text = (out / "final" / "README.md").read_text()
+    for words in (command(places, out, "--steps", "1"), ["card", str(out / "final")]):
+        assert main([*words, "--license", "Apache 2.0"]) == 2
+        assert (
+            "--license 'Apache 2.0' is not a license id of the Hub: did you mean apache-2.0?" in capsys.readouterr().err
+        )
+    assert (out / "final" / "README.md").read_text() == text
     # Finishing the run again with a license rewrites the card.
     assert main(command(places, out, "--steps", "1", "--eval-limit", "1", "--license", "mit")) == 0
     assert check_folder(out / "final", load=False)[1] == ["the card has no results: `faim2f evaluate` measures them"]
