@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult
 from ..errors import FolderError, first_line
 from ..files import read_object, write_whole
 from ..hub.card import model_card, title_of
+from ..hub.card_facts import includes_training
 from ..hub.check import list_files
 from ..hub.results import CARD, Measured, merge_tables, other_settings
 from ..hub.sections import check_license, holes, license_note
@@ -100,7 +101,7 @@ def renewed_card(
         called = name or (title_of(before) if before else None) or folder.resolve().name
         labels = [name for _, name in sorted(config.id2label.items())]
         for evaluation in evaluations:
-            measured, table = _evaluation(evaluation, folder, labels, size)
+            measured, table = _evaluation(evaluation, folder, labels, size, before)
             results += measured
             tables = merge_tables(tables, table)
         return model_card(
@@ -132,7 +133,9 @@ def _load(path: Path, kind: Any) -> Any:
         raise FolderError(f"{path} cannot be used: {first_line(error, kind=False)}.") from error
 
 
-def _evaluation(folder: Path, model: Path, labels: list[str], size: Any) -> tuple[list[EvalResult], dict[str, str]]:
+def _evaluation(
+    folder: Path, model: Path, labels: list[str], size: Any, card: str
+) -> tuple[list[EvalResult], dict[str, str]]:
     """The results in an evaluation's folder, and its per-class table by caption.
 
     Args:
@@ -140,6 +143,7 @@ def _evaluation(folder: Path, model: Path, labels: list[str], size: Any) -> tupl
         model: the folder of the card's model.
         labels: its labels, in the order of their ids.
         size: that of its image processor; None if unknown.
+        card: its card before.
     """
     require_packages(("evaluate",), "evaluate")
     from ..data.formats import dataset_type
@@ -176,6 +180,11 @@ def _evaluation(folder: Path, model: Path, labels: list[str], size: Any) -> tupl
         raise FolderError(
             f"{path} is an evaluation with {other}, but a card states results with the model's own settings: evaluate "
             "with those."
+        )
+    if includes_training(card, measured.dataset_name, measured.split):
+        raise FolderError(
+            f"{path} is an evaluation on all of {measured.dataset_name}, on a part of which the model was trained: "
+            "evaluate with --split val, as a card states results on other images."
         )
     if evaluated != labels:
         raise FolderError(

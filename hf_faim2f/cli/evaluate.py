@@ -47,6 +47,7 @@ from ..evaluation.report import (
 )
 from ..evaluation.semantic import CONFUSION_PICTURE, CONFUSION_TABLE, write_confusion
 from ..files import write_whole
+from ..hub.card_facts import includes_training
 from ..hub.results import CARD, Measured, merge_results, other_settings, update_card
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..runtime.tiles import Windows
@@ -226,7 +227,7 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
         size = {"shortest_edge": settings.image_size, "longest_edge": 4 * int(settings.image_size or 0)}
         processor = type(processor).from_dict(processor.to_dict(), size=size)
     other = other_settings(settings.inference, settings.precision, dict(processor.size), own_size)
-    card = _card(settings, Path(name), other, notes)
+    card = _card(settings, Path(name), data, other, notes)
     skipped = list(data.description.skipped)
     if settings.limit is not None:
         data = data.first(settings.limit)
@@ -297,12 +298,13 @@ def _first_without_truth(data: OpenData) -> str | None:
     return next((str(image_id) for image_id in ids if image_id not in truth), None)
 
 
-def _card(settings: EvaluateSettings, folder: Path, other: str | None, notes: list[str]) -> Path | None:
+def _card(settings: EvaluateSettings, folder: Path, data: OpenData, other: str | None, notes: list[str]) -> Path | None:
     """The folder whose card will be updated, if any. Checks that the card can be read and written.
 
     Args:
         settings: the settings.
         folder: the model.
+        data: the data, all of it.
         other: what is used instead of the model's own settings; see `other_settings`.
         notes: gets a note if the card is left alone.
     """
@@ -320,7 +322,14 @@ def _card(settings: EvaluateSettings, folder: Path, other: str | None, notes: li
         path = folder / CARD
         try:
             if path.exists():
-                merge_results(path.read_bytes().decode("utf-8-sig"), folder.name, [])
+                text = path.read_bytes().decode("utf-8-sig")
+                merge_results(text, folder.name, [])
+                if includes_training(text, _title(settings, data), data.split):
+                    notes.append(
+                        f"{folder} was trained on a part of {_title(settings, data)}, and all of it is evaluated: the "
+                        "card is left alone. For results that the card may state, pass --split val."
+                    )
+                    return None
         except ValueError as error:
             raise FolderError(f"{path} cannot be updated, {error}: fix it, or pass --no-card.") from error
         return folder
@@ -357,6 +366,11 @@ def measure(prepared: EvaluateRun) -> Results:
     return results
 
 
+def _title(settings: EvaluateSettings, data: OpenData) -> str:
+    """The name of the data in the card."""
+    return find_format(str(settings.format)).title_of(settings.source((None, None)), data.description.labels)
+
+
 def _inference(windows: Windows | None) -> Any:
     if windows is None:
         return "whole"
@@ -379,7 +393,7 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     """
     settings, data, out = prepared.settings, prepared.data, prepared.out
     format_name = str(settings.format)
-    title = find_format(format_name).title_of(settings.source((None, None)), data.description.labels)
+    title = _title(settings, data)
     about = {
         "model": settings.model,
         "labels": [name for _, name in sorted(prepared.model.config.id2label.items())],

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult
 from ..family import ALIASES, DATASETS, FAMILY, Preset
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..version import __version__
-from .results import FOCOOS, METRIC_TYPES, TASK_NAME
+from .results import FOCOOS, METRIC_TYPES, TASK_NAME, WHOLE
 from .sections import TASK, parse_card, plain
 
 FOCOOS_URL = "https://github.com/FocoosAI/focoos"
@@ -159,6 +159,20 @@ def read_training(metadata: Mapping[str, Any]) -> Training | None:
     return Training(**found)
 
 
+def includes_training(card: str, data: str, split: str) -> bool:
+    """Whether an evaluation includes the images of the model's training: on the whole of the same data.
+
+    Args:
+        card: the model's card, which records the training.
+        data, split: the name of the data, and the part of it; "all" if it was not divided.
+
+    Raises:
+        ValueError: the card's metadata is invalid.
+    """
+    training = read_training(parse_card(card)[0])
+    return split == WHOLE and training is not None and training.data == data
+
+
 def family_member(name: str, config: FaiM2FConfig, provenance: Provenance | None) -> Preset | None:
     """The family member that matches a model's name, labels and source; None if there is none."""
     preset = FAMILY.get(ALIASES.get(name, name))
@@ -266,6 +280,7 @@ __all__ = [
     "Training",
     "citations",
     "family_member",
+    "includes_training",
     "published_classes",
     "published_results",
     "published_speeds",

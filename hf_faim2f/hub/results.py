@@ -19,6 +19,8 @@ TASK_NAME = "Image Segmentation"
 METRIC_TYPES = {"mIoU": "mean_iou", "AP": "map", "pACC": "accuracy", "mACC": "mean_accuracy"}
 # The main metric of each subtask, and its name in the figures that Focoos published.
 FIRST_METRIC = {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}
+# The split that has all images of data which is not divided.
+WHOLE = "all"
 # The source of published figures.
 FOCOOS = "Focoos"
 PUBLISHED = {"semantic": "mIoU", "instance": "segm/AP"}
@@ -193,7 +195,8 @@ def results_text(results: Sequence[EvalResult], tables: Mapping[str, str]) -> st
     parts = []
     for (dataset, split, source), group in groups.items():
         who = f", {source}" if source else ""
-        lines = [f"On {dataset}{f' ({split})' if split else ''}{who}, in percent:", ""]
+        part = f"{WHOLE}: every image, perhaps also those of the training" if split == WHOLE else split
+        lines = [f"On {dataset}{f' ({part})' if part else ''}{who}, in percent:", ""]
         lines += ["| metric | value |", "| --- | ---: |"]
         lines += [f"| {plain(result.metric_name or result.metric_type)} | {_value(result)} |" for result in group]
         parts.append("\n".join(lines))
@@ -310,6 +313,7 @@ def _card_data(name: str) -> Any:
 __all__ = [
     "FIRST_METRIC",
     "FOCOOS",
+    "WHOLE",
     "Measured",
     "Metric",
     "folded_tables",

@@ -13,10 +13,12 @@ import torch
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 
-from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f import FaiM2FConfig, FaiM2FImageProcessor
 from hf_faim2f.cli import evaluate, main
 from hf_faim2f.data.formats import FORMATS, DataSource, open_data
 from hf_faim2f.evaluation.evaluator import Evaluator
+from hf_faim2f.hub.card import model_card
+from hf_faim2f.hub.card_facts import Training
 from hf_faim2f.hub.results import Measured, merge_results, update_card
 from hf_faim2f.model.focoos_post_processing_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe
@@ -304,6 +306,31 @@ def test_a_card_states_results_with_the_model_s_own_settings_alone(
         assert main(["card", str(model), "--evaluation", str(out)]) == 2
         assert f"is an evaluation with {told}, but a card states" in capsys.readouterr().err
         assert card.read_bytes() == before
+
+
+def test_results_on_undivided_data_do_not_pass_for_those_of_a_split(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All images include those of the training if the model was trained on this data, and else may include them."""
+    data, out, path = tmp_path / "meadows", tmp_path / "out", model / "README.md"
+    shutil.copytree(trees / "folder" / "val", data)
+    words = ["evaluate", str(model), "--data", str(data), "--format", "folder", "--out", str(out), "--split", "all"]
+    assert main(words) == 0
+    assert ", too." in capsys.readouterr().out.splitlines()[-1]
+    assert {result.dataset_split for result in results_of(model).values()} == {"all"}
+    assert "On meadows (all: every image, perhaps also those of the training), in percent:" in path.read_text()
+
+    config = FaiM2FConfig.from_pretrained(model)
+    training = Training("finetune", {"steps": 1}, data="meadows", split="train", images=2)
+    path.write_text(model_card("flowerer", config, training=training))
+    before = path.read_bytes()
+    assert main(words) == 0
+    assert f"{model} was trained on a part of meadows, and all of it is evaluated: the card" in capsys.readouterr().out
+    assert main(["card", str(model), "--evaluation", str(out)]) == 2
+    assert "is an evaluation on all of meadows, on a part of which the model was trained" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert main([*words[:-1], "val"]) == 0
+    assert "On meadows (val), in percent:" in path.read_text()
 
 
 @pytest.mark.parametrize("name", ["folder", "coco", "yolo", "ade20k"])
