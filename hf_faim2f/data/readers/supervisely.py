@@ -135,8 +135,9 @@ def load_supervisely(
         )
     ids = {name: number for number, name in enumerate(names)}
     things = frozenset(ids.values() if task == "instance" else ())
+    labels = tuple(name.strip() for name in names)
     description = Description(
-        str(root), task, tuple(names), things, problems.report(str(root)), annotation_frame=annotation_frame
+        str(root), task, labels, things, problems.report(str(root)), annotation_frame=annotation_frame
     )
     size = {"height": datasets.Value("int32"), "width": datasets.Value("int32"), "file": datasets.Value("string")}
     data = lazy_dataset(columns, {**ROW_FEATURES, **size}, SuperviselyReader(description, str(root), shapes, ids))
