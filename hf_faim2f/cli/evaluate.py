@@ -324,7 +324,8 @@ def _card(settings: EvaluateSettings, folder: Path, data: OpenData, other: str |
             if path.exists():
                 text = path.read_bytes().decode("utf-8-sig")
                 merge_results(text, folder.name, [])
-                if includes_training(text, _title(settings, data), data.split):
+                # The split of a file of annotations is always "all", and files of other splits may have its name.
+                if not settings.annotations and includes_training(text, _title(settings, data), data.split):
                     notes.append(
                         f"{folder} was trained on a part of {_title(settings, data)}, and all of it is evaluated: the "
                         "card is left alone. For results that the card may state, pass --split val."

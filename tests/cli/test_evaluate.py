@@ -333,6 +333,22 @@ def test_results_on_undivided_data_do_not_pass_for_those_of_a_split(
     assert "On meadows (val), in percent:" in path.read_text()
 
 
+def test_a_file_of_annotations_is_a_split_of_its_own(trees: Path, model: Path, tmp_path: Path) -> None:
+    """Roboflow calls the files of all splits the same, so their names do not tell one from another."""
+    path, out, data = model / "README.md", tmp_path / "out", tmp_path / "data"
+    write_tree("coco-instance", data, 3)
+    annotations, images = data / "annotations" / "instances_val2017.json", data / "val2017"
+    training = Training("finetune", {"steps": 1}, data=annotations.stem, split="all", images=2)
+    path.write_text(model_card("flowerer", FaiM2FConfig.from_pretrained(model), training=training))
+    before = path.read_text()
+    words = ["evaluate", str(model), "--annotations", str(annotations), "--images", str(images)]
+    assert main([*words, "--out", str(out)]) == 0
+    assert path.read_text() != before and f"On {annotations.stem} (all" in path.read_text()
+    path.write_text(before)
+    assert main(["card", str(model), "--evaluation", str(out)]) == 0
+    assert f"On {annotations.stem} (all" in path.read_text()
+
+
 @pytest.mark.parametrize("name", ["folder", "coco", "yolo", "ade20k"])
 def test_both_commands_give_a_dataset_the_same_id(
     name: str, trees: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

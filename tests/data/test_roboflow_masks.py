@@ -219,6 +219,15 @@ def test_white_objects_are_not_ignored_without_a_word(tmp_path: Path) -> None:
     assert torch.equal(class_map(load_roboflow_masks(tmp_path)[0]), torch.from_numpy(white // 255).long())
 
 
+def test_a_class_that_is_to_be_ignored_is_refused(tmp_path: Path) -> None:
+    export(tmp_path / "train")
+    with pytest.raises(DatasetError, match="names the value 0, which is to be ignored .*'background': name it `void`"):
+        load_roboflow_masks(tmp_path, ignore_index=0)
+    (tmp_path / "train" / "_classes.csv").write_text(CLASSES.replace("background", "void"))
+    found = class_map(load_roboflow_masks(tmp_path, ignore_index=0)[0])
+    assert torch.equal(found, torch.tensor(TRUTH) - 1)
+
+
 def test_recognition(tmp_path: Path) -> None:
     export(tmp_path / "a" / "train")
     found = recognize(DataSource(str(tmp_path / "a")))
@@ -229,6 +238,12 @@ def test_recognition(tmp_path: Path) -> None:
     (tmp_path / "c" / "train" / "_classes.csv").write_text("filename, cat\na.jpg, 1\n")
     with pytest.raises(DatasetError, match="has none of the known formats"):
         recognize(DataSource(str(tmp_path / "c")))
+    image(tmp_path / "c" / "train" / "b_mask.png")
+    with pytest.raises(DatasetError, match="has none of the known formats"):
+        recognize(DataSource(str(tmp_path / "c")))
+    for path in export(tmp_path / "d" / "train").glob("*_mask.png"):
+        path.rename(path.with_suffix(".PNG"))
+    assert recognize(DataSource(str(tmp_path / "d"))).format == "roboflow-masks"
     (tmp_path / "a" / "train" / "_annotations.coco.json").write_text('{"images": [], "annotations": []}')
     with pytest.raises(DatasetError, match=r"\(coco\), and train/_classes.csv beside .* \(roboflow-masks\): choose"):
         recognize(DataSource(str(tmp_path / "a")))

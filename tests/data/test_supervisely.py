@@ -291,6 +291,39 @@ def test_datasets_with_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(said) == 3 and "images with the tag 'val'. Tags are not read: if they are splits, put" in said[0]
 
 
+def test_datasets_in_no_split_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(supervisely.logger, "warning_once", said.append)
+    for place, name in (("train", "a"), ("train/datasets/test", "b"), ("val", "c"), ("extra", "d"), ("Training", "e")):
+        project(tmp_path, [polygon(SQUARE)], place, f"{name}.png")
+    found = {part: [Path(item["file_name"]).stem for item in load_supervisely(tmp_path, part)]
+             for part in ("train", "val", "test", "extra")}  # fmt: skip
+    assert found == {"train": ["a"], "val": ["c"], "test": ["b"], "extra": ["d"]}
+    assert [text.partition("so ")[2].partition(":")[0] for text in said] == [
+        "Training, extra is not used with train", "extra is not used with val", "extra is not used with test"
+    ]  # fmt: skip
+
+
+def test_links_to_datasets_are_followed_once(tmp_path: Path) -> None:
+    meta(tmp_path)
+    for number in range(9):
+        (tmp_path / f"d{number}" / "datasets").mkdir(parents=True)
+        for other in range(9):
+            (tmp_path / f"d{number}" / "datasets" / f"to{other}").symlink_to(tmp_path / f"d{other}")
+    assert len(list(supervisely._datasets(tmp_path))) == 9
+    assert not supervisely.is_project(tmp_path)
+    assert len(load_supervisely(project(tmp_path, [polygon(SQUARE)], "d4"), "all")) == 1
+
+
+def test_spaces_around_class_names(tmp_path: Path) -> None:
+    meta(tmp_path, {"cat ": "any", " void": "any", "background ": "any"})
+    project(tmp_path, [polygon(SQUARE, title="cat "), polygon(SQUARE, title=" void")])
+    assert describe(load_supervisely(tmp_path, "all")).labels == ("cat",)
+    semantic = load_supervisely(tmp_path, "all", "semantic")
+    assert describe(semantic).labels == ("cat", "background")
+    assert torch.equal(class_map(semantic[0]), torch.from_numpy(np.where(filled(2, 2, 5, 5), -1, 1)).long())
+
+
 def test_images_and_annotations_that_do_not_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(supervisely.logger, "warning_once", said.append)
@@ -300,6 +333,11 @@ def test_images_and_annotations_that_do_not_match(tmp_path: Path, monkeypatch: p
     assert len(load_supervisely(tmp_path, "all")) == 1
     (text,) = said
     assert "ds has an image without an annotation file in ann, such as b.png: not read" in text
+    (tmp_path / "ds" / "img" / "b.png").unlink()
+    project(tmp_path / "two", [polygon(SQUARE)], name="a.jpg", ann="a.json")
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "two" / "ds" / "img" / "a.png")
+    assert [item["file_name"] for item in load_supervisely(tmp_path / "two", "all")] == ["ds/img/a.jpg"]
+    assert len(said) == 2 and "such as a.png: not read" in said[1]
     (tmp_path / "ds" / "ann" / "c.png.json").write_bytes((tmp_path / "ds" / "ann" / "a.png.json").read_bytes())
     with pytest.raises(DatasetError, match=r"c.png.json has no image: there is no file .*ds/img/c.png"):
         load_supervisely(tmp_path, "all")

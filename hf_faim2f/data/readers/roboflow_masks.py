@@ -46,14 +46,24 @@ def find_parts(root: Path) -> dict[str, Path]:
 def find_classes(root: Path) -> Path | None:
     """A file of classes beside masks, in a folder or one of its subfolders; None if there is none.
 
-    Roboflow's export for classification has a file of the same name, but no masks.
+    Roboflow's export for classification has a file of the same name, but it lists images.
     """
     files = (path / CLASSES_FILE for path in (root, *sorted(root.glob("*/"))))
-    return next((path for path in files if path.is_file() and _has_masks(path.parent)), None)
+    return next((path for path in files if _is_of_values(path) and _has_masks(path.parent)), None)
+
+
+def _is_of_values(path: Path) -> bool:
+    """Whether a file's first line is a header of values, or a value."""
+    try:
+        first = read_small_text(path).lstrip().split(",", 1)[0] if path.is_file() else ""
+    except DatasetError:
+        return False
+    return first.strip().lower() == HEADER or first.strip().isdecimal()
 
 
 def _has_masks(folder: Path) -> bool:
-    return any(folder.glob(f"[!.]*{END}.png"))
+    names = (path.name.lower() for path in folder.iterdir() if not path.name.startswith("."))
+    return any(name.endswith(f"{END}.png") for name in names)
 
 
 def load_roboflow_masks(
@@ -92,6 +102,11 @@ def load_roboflow_masks(
     else:
         folder = root
     values = read_classes(folder / CLASSES_FILE)
+    if ignore_index not in (None, WHITE) and values.get(ignore_index, "void").lower() not in NO_CLASS:
+        raise DatasetError(
+            f"{folder / CLASSES_FILE} names the value {ignore_index}, which is to be ignored (ignore_index), "
+            f"{values[ignore_index][:60]!r}: name it `void` there, or leave the option out."
+        )
     of_training = next((path for name, path in parts.items() if own and kind_of_part(name) == "train"), folder)
     labels = _labels(values)
     if of_training != folder and (of_training / CLASSES_FILE).is_file():

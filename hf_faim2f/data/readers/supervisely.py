@@ -19,7 +19,7 @@ dataset can be chosen by its name. An image without an annotation file is not re
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,15 @@ def has_dataset(root: Path) -> bool:
     return any(all((place / sub).is_dir() for sub in FOLDERS) for place in _datasets(root))
 
 
-def _datasets(root: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The folders of datasets, each before those inside of it."""
-    here = os.path.realpath(root)
-    if here in above:
-        return  # a link to a folder above
+def _datasets(root: Path, seen: set[str] | None = None) -> Iterator[Path]:
+    """The folders of datasets, each before those inside of it. A folder to which several links lead occurs once."""
+    seen = set() if seen is None else seen
     for place in sorted(root.glob("*/")):
-        if not place.name.startswith("."):
+        here = os.path.realpath(place)
+        if here not in seen and not place.name.startswith("."):
+            seen.add(here)
             yield place
-            yield from _datasets(place / "datasets", (*above, here))
+            yield from _datasets(place / "datasets", seen)
 
 
 def load_supervisely(
@@ -92,12 +92,14 @@ def load_supervisely(
         raise DatasetError(f"{root} has no dataset: there are no folders DATASET/img and DATASET/ann.")
     part = find_part({*parts.values()}, split, str(root))
     places = [place for place, name in parts.items() if part is None or name == part]
+    if part is not None:
+        _warn_of_datasets(root, {*parts.values()}, part)
     names = [
         title
         for title, shape in shapes.items()
         if shape not in WITHOUT_AREA
-        and title.lower() not in NO_CLASS
-        and (task == "semantic" or title.lower() not in BACKGROUNDS)
+        and title.strip().lower() not in NO_CLASS
+        and (task == "semantic" or title.strip().lower() not in BACKGROUNDS)
     ]
     if not names:
         raise DatasetError(f"{root / META} has no class of objects with an area, so there is nothing to learn.")
@@ -125,7 +127,7 @@ def load_supervisely(
         columns["file"].append(path.relative_to(root).as_posix())
     _warn_of_objects(root, left_out, rectangles)
     for place in places:
-        _warn_of_images(place)
+        _warn_of_images(place, owners)
     # Not `train` alone, which may be a vehicle.
     of_parts = sorted(tag for tag in tags if kind_of_part(tag) in ("val", "test"))
     if part is None and of_parts:
@@ -145,9 +147,20 @@ def load_supervisely(
 
 
 def _part_of(place: Path, root: Path) -> str:
-    """The part of a dataset: the first dataset on the way from `root` that is called like one, else the outermost."""
+    """The part of a dataset: the innermost dataset on the way to it that is called like one, else the outermost."""
     names = place.relative_to(root).parts[::2]  # without the folders `datasets` between them
-    return next((name for name in names if kind_of_part(name)), names[0])
+    return next((name for name in reversed(names) if kind_of_part(name)), names[0])
+
+
+def _warn_of_datasets(root: Path, parts: Collection[str], part: str) -> None:
+    """Warns of datasets that are in no split, such as `extra`, or `train 2` beside `train`."""
+    kind = kind_of_part(part)
+    spare = sorted(name for name in parts if name != part and kind_of_part(name) in (None, kind))
+    if kind is not None and spare:
+        logger.warning_once(
+            f"{root} has datasets for splits, so {', '.join(spare)[:200]} is not used with {part}: rename it, or move "
+            "its images."
+        )
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -187,10 +200,15 @@ def _listed(counter: Counter[str]) -> str:
     return ", ".join(f"{count:,} of {title}" for title, count in counter.most_common())
 
 
-def _warn_of_images(place: Path) -> None:
-    """Warns of images in a dataset that have no annotation file."""
-    annotated = {path.stem for path in _files(place / "ann", (".json",))}
-    images = [path for path in _files(place / "img", IMAGE_SUFFIXES) if not {path.name, path.stem} & annotated]
+def _warn_of_images(place: Path, used: Collection[Path]) -> None:
+    """Warns of images in a dataset that have no annotation file; `used` are the images of those that can be read."""
+    of_used = {path.stem for path in used if path.parent == place / "img"}
+    annotated = {path.stem for path in _files(place / "ann", (".json",))} - of_used
+    images = [
+        path
+        for path in _files(place / "img", IMAGE_SUFFIXES)
+        if path not in used and not {path.name, path.stem} & annotated
+    ]
     if images:
         number = f"{len(images)} images" if len(images) > 1 else "an image"
         logger.warning_once(

@@ -255,7 +255,7 @@ def _decoded(figure: Figure, height: int, width: int) -> tuple[np.ndarray, Box]:
     """The mask of a bitmap, and its box.
 
     Raises:
-        ValueError: it cannot be decoded, or leaves the image. Nothing much larger than the image is allocated.
+        ValueError: it cannot be decoded, or leaves the image. Nothing much larger than such an image is allocated.
     """
     try:
         data = base64.b64decode(figure.data, validate=False)
