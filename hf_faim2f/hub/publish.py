@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -195,7 +195,7 @@ def publish(
     def attempt() -> Plan:
         plan = make_plan(api, contents, repository, branch, private=private)
         if not plan.exists or not plan.has_branch:
-            _check_metadata(plan)
+            _check_metadata(api, plan)
         if not plan.exists:
             api.create_repo(repository, private=private, exist_ok=True)
         if not plan.has_branch and branch != MAIN:
@@ -231,7 +231,7 @@ def publish(
     return str(after.head), sent
 
 
-def _check_metadata(plan: Plan) -> None:
+def _check_metadata(api: HfApi, plan: Plan) -> None:
     """Lets the Hub check the card's metadata, as it does before a commit, so that no empty repository is left behind.
 
     Raises:
@@ -239,7 +239,8 @@ def _check_metadata(plan: Plan) -> None:
     """
     (card,) = (change.content for change in plan.changes if change.name == CARD)
     text = card.decode("utf-8") if isinstance(card, bytes) else card.read_text(encoding="utf-8")
-    ModelCard(text).validate()
+    # `create_commit` sends this request. `ModelCard.validate` sends it to huggingface.co in huggingface_hub before 1.0.
+    api._validate_yaml(text, repo_type="model")
 
 
 def _persist(attempt: Callable[[], _Result], repository: str) -> _Result:
