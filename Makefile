@@ -28,7 +28,7 @@ test-newest: .venv/ready
 test-optimum: .venv-optimum/ready
 	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not newest_only and ($(LARGE))"
 
-# Within a minute: readers, metrics, the family, files and the layout.
+# In about a minute: readers, metrics, the family, files and the layout.
 test-unit: .venv/ready
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(UNIT_TESTS)
 
