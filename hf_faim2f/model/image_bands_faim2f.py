@@ -366,7 +366,7 @@ def check_pixels(source: Any, pixels: Any, do_rescale: bool) -> None:
         return
     if float(pixels.min()) >= 0 and float(pixels.max()) <= 1 and bool((pixels % 1 != 0).any()):
         raise ValueError(
-            "image 0 is an array of floats in 0..1, but floats are taken as 0..255: multiply it by 255, or pass uint8."
+            "image 0 is an array of floats in 0..1, but floats are taken as 0..255: multiply it by 255, or use uint8."
         )
 
 
