@@ -59,7 +59,7 @@ def draw(figures: dict[str, Any]) -> Figure:
         axis.plot(*place, "s", color=GRAY, label="transformers, float32" if key == next(iter(PEERS)) else None)
         axis.annotate(name, place, (8, -4), textcoords="offset points", color="#555a63")
     axis.set_xscale("log")
-    axis.set_xlim(min(rates[key] for key in PEERS) / 1.6, max(rates[key] for key in rates if "ours" in key) * 3)
+    axis.set_xlim(min(rates[key] for key in PEERS) / 1.6, max(rates[key] for key in rates if "ours" in key) * 3.4)
     axis.set_ylim(36, 50)
     axis.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16])
     axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
