@@ -406,6 +406,8 @@ def _half_known(root: Path) -> str:
         return f": it has {voc.IMAGES}, but no {voc.CLASSES} (bounding boxes alone are not enough)"
     if supervisely.has_dataset(root):
         return ": it has folders img and ann, but no meta.json with the classes (supervisely)"
+    if supervisely.is_dataset(root):
+        return f": it is one dataset of a project: pass the folder of the project, {root.parent} (supervisely)"
     if (root / LABELS_FILE).is_file():
         return f": it has {LABELS_FILE}, but no folders images and masks"
     names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))[:6]

@@ -550,6 +550,14 @@ def test_folders_that_are_no_project(tmp_path: Path) -> None:
         load_supervisely(tmp_path, "all")
 
 
+def test_a_dataset_instead_of_its_project(tmp_path: Path) -> None:
+    dataset = next(project(tmp_path / "a", [polygon(SQUARE)]).glob("*/img")).parent
+    with pytest.raises(DatasetError, match=f"{dataset} is one dataset .* folder of the project, {tmp_path / 'a'}"):
+        load_supervisely(dataset, "all")
+    with pytest.raises(DatasetError, match=f"it is one dataset of a project.* {tmp_path / 'a'} "):
+        recognize(DataSource(str(dataset)))
+
+
 def test_recognition(tmp_path: Path) -> None:
     found = recognize(DataSource(str(project(tmp_path / "a", [polygon(SQUARE)]))))
     assert found == ("supervisely", "meta.json with classes, and datasets of img and ann")

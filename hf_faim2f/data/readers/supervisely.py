@@ -51,6 +51,11 @@ def has_dataset(root: Path) -> bool:
     return any(all((place / sub).is_dir() for sub in FOLDERS) for place in _datasets(root))
 
 
+def is_dataset(root: Path) -> bool:
+    """Whether a folder is one of the datasets of the project in the folder above it."""
+    return all((root / sub).is_dir() for sub in FOLDERS) and (root.parent / META).is_file()
+
+
 def _datasets(root: Path, seen: set[str] | None = None) -> Iterator[Path]:
     """The folders of datasets, each before those inside of it. A folder to which several links lead occurs once."""
     seen = set() if seen is None else seen
@@ -84,6 +89,8 @@ def load_supervisely(
             with their images.)
     """
     root, problems = Path(root), Problems(skip_bad)
+    if is_dataset(root) and not (root / META).is_file():
+        raise DatasetError(f"{root} is one dataset of a project: pass the folder of the project, {root.parent}.")
     shapes = read_meta(root / META)
     parts = {
         place: _part_of(place, root) for place in _datasets(root) if any((place / sub).is_dir() for sub in FOLDERS)
