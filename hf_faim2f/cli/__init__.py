@@ -5,6 +5,7 @@ model with transformers' Auto classes.
 """
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from .parser import COMMANDS, PROGRAM, build_parser
 
 # Commands that remove unfinished files when they are interrupted, which SIGTERM must not prevent. `train` ensures this
 # itself, where a distributed run allows it, and servers finish their requests on SIGTERM.
-STOPPED = ("convert", "data", "export", "predict", "quantize")
+STOPPED = ("benchmark", "convert", "data", "evaluate", "export", "predict", "push", "quantize")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +50,8 @@ def _run(name: str, rest: Sequence[str], program: str) -> int:
               file=sys.stderr)  # fmt: skip
         return MISTAKE
     silence_libraries()
-    with own_weights_url(), sigterm_interrupts(1) if name in STOPPED else nullcontext():
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says; `evaluate` may be distributed
+    with own_weights_url(), sigterm_interrupts(processes) if name in STOPPED else nullcontext():
         status: int = run(rest, program=program)
     if status == 0 and "torch.distributed" in sys.modules:
         distributed = sys.modules["torch.distributed"]

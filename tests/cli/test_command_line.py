@@ -418,7 +418,7 @@ def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path:
     assert process.error == "faim2f card: interrupted.\n"
 
 
-@pytest.mark.parametrize("name", ["convert", "export", "predict", "quantize"])
+@pytest.mark.parametrize("name", ["benchmark", "convert", "evaluate", "export", "predict", "push", "quantize"])
 def test_sigterm_removes_what_is_unfinished(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(arguments: Sequence[str] = (), program: str = "") -> int:
         with new_folder(tmp_path / "out"):
