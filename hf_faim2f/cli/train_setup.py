@@ -17,7 +17,7 @@ from ..data.formats import OpenData, open_data
 from ..data.item import Item
 from ..errors import DatasetError, SettingsError
 from ..evaluation.evaluator import SUBTASKS, Evaluator, choose_subtasks
-from ..hub.sections import check_license
+from ..hub.sections import OWN_LICENSE, check_license
 from ..runtime.drawing import supervision
 from ..training.batch_size import AUTO, largest_batch
 from ..training.distillation import Teacher, open_teacher
@@ -168,6 +168,8 @@ def prepare(settings: TrainSettings) -> TrainRun:
     """
     require(settings, "model", "out")
     license_note = check_license(settings.license) if settings.license is not None else None
+    if settings.license == "other":  # the card of a new model has no name for it
+        raise SettingsError(f"--license other does not say which license: leave it out, and {OWN_LICENSE}.")
     use_weights_url(settings.weights_url, str(settings.model), str(settings.backbone), str(settings.teacher))
     _check_teacher(settings)
     settings = settings.resolved()

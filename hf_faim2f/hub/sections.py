@@ -40,6 +40,7 @@ LICENSES = frozenset(
 )
 REQUIRED = {"library_name": "transformers", "pipeline_tag": TASK}
 RENEW = "`faim2f card DIR` adds it"
+OWN_LICENSE = "write `license: other` and `license_name: NAME` into the metadata of the model's card"
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def check_license(license: str) -> str | None:
     """
     nearest = _nearest_license(license)
     if not LICENSE_ID.fullmatch(license):
-        remedy = f"did you mean {nearest}?" if nearest else "pass one such as apache-2.0, or other."
+        remedy = f"did you mean {nearest}?" if nearest else f"pass one such as apache-2.0, or {OWN_LICENSE}."
         raise SettingsError(f"--license {license[:60]!r} is not a license id of the Hub: {remedy}")
     if license in LICENSES:
         return None
@@ -263,6 +264,7 @@ def _try_parse(card: str) -> tuple[dict[str, Any], str, str]:
 
 __all__ = [
     "MARK",
+    "OWN_LICENSE",
     "TASK",
     "Section",
     "check_license",

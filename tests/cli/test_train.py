@@ -201,10 +201,13 @@ def test_what_is_missing_is_asked_for(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_license_that_cannot_be_one_is_refused_first(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--model", "no-such-model", "--out", "x", "--license", "of my own"]) == 2
-    assert capsys.readouterr().err.strip() == (
-        "faim2f train: --license 'of my own' is not a license id of the Hub: pass one such as apache-2.0, or other."
-    )
+    own = "write `license: other` and `license_name: NAME` into the metadata of the model's card."
+    for license, told in (
+        ("of my own", f"--license 'of my own' is not a license id of the Hub: pass one such as apache-2.0, or {own}"),
+        ("other", f"--license other does not say which license: leave it out, and {own}"),
+    ):
+        assert main(["train", "--model", "no-such-model", "--out", "x", "--license", license]) == 2
+        assert capsys.readouterr().err.strip() == f"faim2f train: {told}"
 
 
 FILES = [
