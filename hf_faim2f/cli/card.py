@@ -181,12 +181,11 @@ def _evaluation(
             f"{path} is an evaluation with {other}, but a card states results with the model's own settings: evaluate "
             "with those."
         )
-    # COCO's files have the split "all" and often the same name, whatever their images are for.
-    is_coco = str(data["format"]).startswith("coco")
-    if not is_coco and includes_training(card, measured.dataset_name, measured.split):
+    title, split = measured.dataset_name, measured.split
+    if includes_training(card, title, split, may_be_file=str(data["format"]).startswith("coco")):
         raise FolderError(
-            f"{path} is an evaluation on all of {measured.dataset_name}, on a part of which the model was trained: "
-            "evaluate with --split val, as a card states results on other images."
+            f"{path} is an evaluation on {title} ({split}), which may have images of the training: evaluate on another "
+            "split, such as val, as a card states results on other images."
         )
     if evaluated != labels:
         raise FolderError(

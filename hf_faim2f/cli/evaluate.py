@@ -321,16 +321,13 @@ def _card(settings: EvaluateSettings, folder: Path, data: OpenData, other: str |
     else:
         path = folder / CARD
         try:
-            if path.exists():
-                text = path.read_bytes().decode("utf-8-sig")
+            text, title = path.read_bytes().decode("utf-8-sig") if path.exists() else "", _title(settings, data)
+            if text:
                 merge_results(text, folder.name, [])
-                # The split of a file of annotations is always "all", and files of other splits may have its name.
-                if not settings.annotations and includes_training(text, _title(settings, data), data.split):
-                    notes.append(
-                        f"{folder} was trained on a part of {_title(settings, data)}, and all of it is evaluated: the "
-                        "card is left alone. For results that the card may state, pass --split val."
-                    )
-                    return None
+            if includes_training(text, title, data.split, may_be_file=bool(settings.annotations)):
+                notes.append(f"{title} ({data.split}) may have images of the training: the card is left alone. For "
+                             "results that it may state, evaluate on another split, such as val.")  # fmt: skip
+                return None
         except ValueError as error:
             raise FolderError(f"{path} cannot be updated, {error}: fix it, or pass --no-card.") from error
         return folder

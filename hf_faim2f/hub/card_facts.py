@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult
 from ..family import ALIASES, DATASETS, FAMILY, Preset
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..version import __version__
-from .results import FOCOOS, METRIC_TYPES, TASK_NAME, WHOLE
+from .results import FOCOOS, METRIC_TYPES, TASK_NAME, WHOLE, is_for_training
 from .sections import TASK, parse_card, plain
 
 FOCOOS_URL = "https://github.com/FocoosAI/focoos"
@@ -159,18 +159,24 @@ def read_training(metadata: Mapping[str, Any]) -> Training | None:
     return Training(**found)
 
 
-def includes_training(card: str, data: str, split: str) -> bool:
-    """Whether an evaluation includes the images of the model's training: on the whole of the same data.
+def includes_training(card: str, data: str, split: str, may_be_file: bool = False) -> bool:
+    """Whether an evaluation is, or may be, on images of the model's training: on a split for training, or on the whole
+    of the data that the card records.
 
     Args:
         card: the model's card, which records the training.
         data, split: the name of the data, and the part of it; "all" if it was not divided.
+        may_be_file: whether the data may be a single file of annotations. Its split is always "all", and its name is
+            often that of the files of other splits, so these say nothing.
 
     Raises:
         ValueError: the card's metadata is invalid.
     """
     training = read_training(parse_card(card)[0])
-    return split == WHOLE and training is not None and training.data == data
+    is_same = training is not None and training.data == data
+    if split == WHOLE:
+        return is_same and not may_be_file
+    return is_for_training(split) or (training is not None and is_same and training.split in (WHOLE, split))
 
 
 def family_member(name: str, config: FaiM2FConfig, provenance: Provenance | None) -> Preset | None:

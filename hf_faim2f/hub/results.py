@@ -71,6 +71,11 @@ class Measured:
         ]
 
 
+def is_for_training(split: str | None) -> bool:
+    """Whether a split's name says that its images are for training, such as "train", "train2017" or "trainval"."""
+    return re.search("(?<![a-z])train", str(split).lower()) is not None
+
+
 def other_settings(
     inference: Any, precision: str, size: Mapping[str, Any] | None, own_size: Mapping[str, Any] | None
 ) -> str | None:
@@ -195,7 +200,8 @@ def results_text(results: Sequence[EvalResult], tables: Mapping[str, str]) -> st
     parts = []
     for (dataset, split, source), group in groups.items():
         who = f", {source}" if source else ""
-        part = f"{WHOLE}: every image, perhaps also those of the training" if split == WHOLE else split
+        part = f"{split}: images for training" if is_for_training(split) else split
+        part = f"{WHOLE}: every image, perhaps also those of the training" if split == WHOLE else part
         lines = [f"On {dataset}{f' ({part})' if part else ''}{who}, in percent:", ""]
         lines += ["| metric | value |", "| --- | ---: |"]
         lines += [f"| {plain(result.metric_name or result.metric_type)} | {_value(result)} |" for result in group]
@@ -283,7 +289,7 @@ def known_metric(name: str, subtask: str, num_labels: int, folder: Path | None =
     data = _card_data(name if folder is None else str(folder))
     wanted = f"{subtask} {FIRST_METRIC[subtask]}"
     results = getattr(data, "eval_results", None) or []
-    for result in results:
+    for result in (one for one in results if not is_for_training(one.dataset_split)):
         value = result.metric_value
         if result.metric_name == wanted and isinstance(value, (int, float)) and not isinstance(value, bool):
             split = f" ({result.dataset_split})" if result.dataset_split else ""
@@ -317,6 +323,7 @@ __all__ = [
     "Measured",
     "Metric",
     "folded_tables",
+    "is_for_training",
     "known_metric",
     "merge_results",
     "merge_tables",

@@ -19,7 +19,7 @@ from hf_faim2f.data.formats import FORMATS, DataSource, open_data
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.hub.card import model_card
 from hf_faim2f.hub.card_facts import Training
-from hf_faim2f.hub.results import Measured, merge_results, update_card
+from hf_faim2f.hub.results import Measured, is_for_training, known_metric, merge_results, update_card
 from hf_faim2f.model.focoos_post_processing_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
@@ -325,12 +325,42 @@ def test_results_on_undivided_data_do_not_pass_for_those_of_a_split(
     path.write_text(model_card("flowerer", config, training=training))
     before = path.read_bytes()
     assert main(words) == 0
-    assert f"{model} was trained on a part of meadows, and all of it is evaluated: the card" in capsys.readouterr().out
+    assert "meadows (all) may have images of the training: the card is left alone" in capsys.readouterr().out
     assert main(["card", str(model), "--evaluation", str(out)]) == 2
-    assert "is an evaluation on all of meadows, on a part of which the model was trained" in capsys.readouterr().err
+    assert "on meadows (all), which may have images of the training: evaluate on another" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert main([*words[:-1], "val"]) == 0
     assert "On meadows (val), in percent:" in path.read_text()
+
+
+def test_a_card_states_no_results_on_images_of_the_training(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the name of the split, without a card, and by the training that the card records."""
+    out, path = tmp_path / "out", model / "README.md"
+    path.unlink()
+    assert main(command(trees, model, out, "folder", "--split", "train", "--json")) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["card"] is None and not path.exists()
+    assert any("folder (train) may have images of the training: the card is left" in note for note in document["notes"])
+    training = Training("finetune", {"steps": 1}, data="folder", split="val", images=3)
+    path.write_text(model_card("flowerer", FaiM2FConfig.from_pretrained(model), training=training))
+    before = path.read_bytes()
+    assert main(command(trees, model, out)) == 0
+    assert "folder (val) may have images of the training" in capsys.readouterr().out
+    assert main(["card", str(model), "--evaluation", str(out)]) == 2
+    assert "on folder (val), which may have images of the training" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    names = ("train2017", "trainval", "fold1_train", "val", "constrained")
+    assert [is_for_training(name) for name in names] == [True, True, True, False, False]
+    # Results of older versions say what they are, and are not the known metric of the model.
+    update_card(model, Measured("folder", "folder", "train", 3, 0, {"semantic": {"mIoU": 99.0}}).results())
+    assert "On folder (train: images for training), in percent:" in path.read_text()
+    assert known_metric(str(model), "semantic", 4) is None
+    update_card(model, Measured("folder", "folder", "test", 3, 0, {"semantic": {"mIoU": 66.0}}).results())
+    assert "On folder (test), in percent:" in path.read_text()
+    metric = known_metric(str(model), "semantic", 4)
+    assert metric is not None and (metric.value, metric.dataset) == (66.0, "folder (test)")
 
 
 def test_a_file_of_annotations_is_a_split_of_its_own(trees: Path, model: Path, tmp_path: Path) -> None:
