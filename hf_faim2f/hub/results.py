@@ -61,7 +61,7 @@ class Measured:
                 dataset_type=self.dataset_type,
                 dataset_name=self.dataset_name,
                 dataset_split=self.split,
-                dataset_args=args,
+                metric_args=args,  # not `dataset_args`, of which all results on a dataset have those of the first
                 metric_type=METRIC_TYPES.get(name, name.lower()),
                 metric_name=f"{subtask} {name}",
                 metric_value=round(value, 4),
@@ -195,11 +195,14 @@ def results_text(results: Sequence[EvalResult], tables: Mapping[str, str]) -> st
         return "Not evaluated yet. `faim2f evaluate` measures the model and adds its results here."
     groups: dict[tuple[str, ...], list[EvalResult]] = {}
     for result in results:
-        key = tuple(plain(part or "") for part in (result.dataset_name, result.dataset_split, result.dataset_config))
+        args = result.metric_args if isinstance(result.metric_args, dict) else {}
+        about = (result.dataset_name, result.dataset_split, result.dataset_config, args.get("left_out"))
+        key = tuple(plain(part or "") for part in about)
         groups.setdefault(key, []).append(result)
     parts = []
-    for (dataset, split, source), group in groups.items():
+    for (dataset, split, source, left_out), group in groups.items():
         who = f", {source}" if source else ""
+        who += f", without {left_out} images or annotations that could not be used" if left_out else ""
         part = f"{split}: images for training" if is_for_training(split) else split
         part = f"{WHOLE}: every image, perhaps also those of the training" if split == WHOLE else part
         lines = [f"On {dataset}{f' ({part})' if part else ''}{who}, in percent:", ""]

@@ -19,7 +19,7 @@ from hf_faim2f.data.formats import FORMATS, DataSource, open_data
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.hub.card import model_card
 from hf_faim2f.hub.card_facts import Training
-from hf_faim2f.hub.results import Measured, is_for_training, known_metric, merge_results, update_card
+from hf_faim2f.hub.results import Measured, is_for_training, known_metric, merge_results, results_text, update_card
 from hf_faim2f.model.focoos_post_processing_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
@@ -252,9 +252,19 @@ def test_a_generated_results_section_follows_the_metadata(
 
 def test_images_that_were_left_out_are_in_the_card_too() -> None:
     whole, part = (Measured("a", "A", "val", 9, left, {"semantic": {"mIoU": 1.0}}).results() for left in (0, 2))
-    assert whole[0].dataset_args is None and part[0].dataset_args == {"images": 9, "left_out": 2}
+    assert whole[0].metric_args is None and part[0].metric_args == {"images": 9, "left_out": 2}
     card = merge_results(merge_results("# Words\r\n", "m", whole), "m", part)
     assert card.count("mean_iou") == 1 and card.endswith("# Words\r\n")
+    # The results of another subtask, on all images of the same data, stay beside them.
+    other = Measured("a", "A", "val", 11, 0, {"panoptic": {"PQ": 2.0}}).results()
+    for first, second in ((other, part), (part, other)):
+        results = ModelCard(merge_results(merge_results("", "m", first), "m", second)).data.eval_results
+        assert {one.metric_name: one.metric_args for one in results} == {
+            "semantic mIoU": {"images": 9, "left_out": 2}, "panoptic PQ": None
+        }  # fmt: skip
+        text = results_text(results, {})
+        assert "On A (val), in percent:\n\n| metric | value |\n| --- | ---: |\n| panoptic PQ | 2.0 |" in text
+        assert "On A (val), without 2 images or annotations that could not be used, in percent:" in text
 
 
 def test_broken_images_are_named_or_skipped(
@@ -271,6 +281,10 @@ def test_broken_images_are_named_or_skipped(
     assert main(command(data.parent, model, out, "folder", "--skip-bad")) == 0
     printed = capsys.readouterr().out
     assert "1 image was left out:" in printed and "001.png" in printed
+    assert (
+        "On folder (val), without 1 images or annotations that could not be used, in percent:"
+        in (model / "README.md").read_text()
+    )
     document = json.loads((out / "evaluation.json").read_text())
     assert document["images"] == 2 and len(document["left_out"]) == 1 and "001.png" in document["left_out"][0]
 
