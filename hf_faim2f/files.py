@@ -363,10 +363,14 @@ def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "")
         raise error(f"{out_dir} is a file: choose another folder for --out.")
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise error(f"{out_dir} is not empty: choose a new folder for --out{or_else}.")
-    place = out_dir.absolute()
-    nearest = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))  # also a link to nothing
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise error(f"{nearest} is not a folder that can be written: choose another place for --out.")
+    check_writable(out_dir, error)
+
+
+def check_writable(out_dir: Path, error: type[Exception]) -> None:
+    """Raises `error` if an `--out` folder can be neither written nor made."""
+    place = next(filter(os.path.lexists, (out_dir.absolute(), *out_dir.absolute().parents)))  # also a link to nothing
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise error(f"{place} is not a folder that can be written: choose another place for --out.")
 
 
 @contextmanager
@@ -430,6 +434,7 @@ __all__ = [
     "above_pattern",
     "check_empty_folder",
     "check_new_folder",
+    "check_writable",
     "decode_text",
     "files_below",
     "files_of_pattern",

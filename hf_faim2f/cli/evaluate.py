@@ -32,6 +32,7 @@ from ..errors import DatasetError, FolderError, PredictorError, SettingsError
 from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator, check_classes, choose_subtasks
 from ..evaluation.report import (
     FOLDER,
+    PARTIAL,
     RESULTS_FILE,
     TABLE_FILE,
     PredictionFiles,
@@ -46,7 +47,7 @@ from ..evaluation.report import (
     undefined_classes,
 )
 from ..evaluation.semantic import CONFUSION_PICTURE, CONFUSION_TABLE, write_confusion
-from ..files import write_whole
+from ..files import check_writable, write_whole
 from ..hub.card_facts import includes_training
 from ..hub.results import CARD, Measured, merge_results, other_settings, update_card
 from ..model.configuration_faim2f import FaiM2FConfig
@@ -208,7 +209,9 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     out, name = Path(str(settings.out)), str(settings.model)
     if out.exists() and not out.is_dir():
         raise SettingsError(f"{out} is a file: choose another out.")
-    if out.is_dir() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():
+    check_writable(out, SettingsError)
+    others = {path.name for path in out.iterdir()} - {PARTIAL} if out.is_dir() else set()  # a killed run leaves PARTIAL
+    if others and RESULTS_FILE not in others:
         raise SettingsError(f"{out} is not empty and contains no {RESULTS_FILE}: choose another out.")
     # A single annotation file has no splits.
     whole = "all" if settings.annotations and len(settings.annotations) == 1 else None
@@ -409,6 +412,8 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+    for line in metric_lines(scalars(results)):  # first, so that a full disk does not lose them
+        say(line)
     heading = f"{Path(str(settings.model)).name} on {title} ({data.split})"
     out.mkdir(parents=True, exist_ok=True)
     for name in (CONFUSION_PICTURE, CONFUSION_TABLE):  # of an earlier evaluation, perhaps of other subtasks
@@ -419,9 +424,6 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     text = results_json(results, about)
     write_whole(out / RESULTS_FILE, text)
     write_whole(out / TABLE_FILE, per_class_table(results, heading))
-    numbers = scalars(results)
-    for line in metric_lines(numbers):
-        say(line)
     undefined = undefined_classes(results)
     if undefined and prepared.counts.is_sample:  # without the whole dataset, missing classes are known only now
         prepared.notes.append(absent_note(undefined))

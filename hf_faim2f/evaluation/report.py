@@ -24,8 +24,9 @@ Results = Mapping[str, Mapping[str, Any]]
 
 RESULTS_FILE = "evaluation.json"
 TABLE_FILE = "per_class.md"
-# The folder of the predictions, its subfolders, and the suffix of the JSON file beside a subfolder.
-FOLDER = "predictions"
+# The folder of the predictions and its name until all are written, its subfolders, and the suffix of the JSON file
+# beside a subfolder.
+FOLDER, PARTIAL = "predictions", ".predictions.partial"
 PANOPTIC, SEMANTIC, INSTANCE = "panoptic", "semantic", "instance"
 SUFFIX = "_predictions"
 # File systems limit names to 255 bytes, including the digest and the suffix.
@@ -171,7 +172,7 @@ class PredictionFiles:
 
     def __init__(self, out: Path, description: Description, label_ids: tuple[int, ...] | None = None) -> None:
         self.folder = out / FOLDER
-        self.partial = out / f".{FOLDER}.partial"
+        self.partial = out / PARTIAL
         self.description = description
         numbers = label_ids or tuple(range(len(description.labels)))
         self._numbers = np.array(numbers, dtype=np.uint8 if max(numbers) < 256 else np.uint16)

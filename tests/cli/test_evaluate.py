@@ -1,7 +1,9 @@
 """`faim2f evaluate`: its files match the evaluator and plain counts, and huggingface_hub reads the card."""
 
+import errno
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -124,7 +126,6 @@ def test_miou_counted_by_hand(trees: Path, model: Path, tmp_path: Path, capsys: 
     for name in ("semantic/other.png", "instance/other.json"):  # left by another, killed evaluation
         (out / ".predictions.partial" / name).parent.mkdir(parents=True)
         (out / ".predictions.partial" / name).write_text('[{"image_id": "other"}]')
-    (out / "evaluation.json").write_text("{}")
     assert main(command(trees, model, out, "folder", "--no-card", "--predictions")) == 0
     assert len(list((out / "predictions" / "semantic").iterdir())) == 3
     assert [path.name for path in (out / "predictions").iterdir()] == ["semantic"]
@@ -418,6 +419,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--labels", "Petal,leaf,stem,root"], "Class 0 is 'ground' in .* and no other class has .* --by-ids"),
     (["--data", "nowhere"], "There is no folder nowhere"),
     (["--out", "{model}"], "is not empty and contains no evaluation.json: choose another out"),
+    (["--out", "{model}/config.json/out"], "config.json is not a folder that can be written: choose another place for"),
     (["--limt", "3"], "there is no argument --limt; did you mean --limit"),
     (["--split", "test"], "has no part 'test'; it is divided into train, val: rename one, or pass --split"),
 ]
@@ -453,6 +455,19 @@ def test_an_image_that_is_too_narrow_is_named(
     printed = capsys.readouterr().err.splitlines()[-1]
     assert re.search(rf"faim2f evaluate: Image .*{first.name}.*: 9000x4 pixels would be resized to 128x0", printed)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_does_not_lose_the_results(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "evaluation.json")
+
+    monkeypatch.setattr(evaluate, "write_whole", fail)
+    assert main(command(trees, model, tmp_path / "out", "folder")) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == "faim2f evaluate: evaluation.json: No space left on device."
+    assert "semantic (%): mIoU" in captured.out
 
 
 def test_too_little_memory_is_one_sentence(
