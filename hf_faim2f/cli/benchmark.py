@@ -32,6 +32,7 @@ from ..errors import ImageError, ModelError, PredictorError, SettingsError
 from ..files import check_empty_folder, find_files
 from ..hub.check import QUANTIZATION
 from ..hub.results import Metric, known_metric
+from ..model.channels_faim2f import RGB
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES, load_images
 from ..runtime.predictor import RUNTIMES
 from ..zoo import open_settings, resolve, runtimes_of
@@ -247,6 +248,8 @@ def _candidate(
     predictor = open_at_size(model, runtime, options.device, options.size)
     network = predictor.network
     size = own_size(network.processor)
+    if (channels := network.processor.num_channels) != RGB:
+        raise ModelError(f"{model} takes {channels} channels, but only models of RGB images are benchmarked.")
     if images is None:
         most = max(options.batch_sizes or [network.batch or max(BATCH_SIZES)])
         contender = Contender(predictor, generated_pictures(size, most), options.subtask)

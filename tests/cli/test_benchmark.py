@@ -41,6 +41,7 @@ from hf_faim2f.hub.card_facts import Provenance
 from hf_faim2f.hub.results import known_metric, update_card
 from hf_faim2f.runtime import Predictor, PredictorError
 from tests.support.lively_model import check_same, photographs, save_model
+from tests.support.reference_models import small_model
 from tests.support.shared import exported
 
 SIZE = (64, 96)
@@ -577,6 +578,11 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     semantic = exported(save_model(tmp_path / "tiny"), size=SIZE, batch=2, outputs="semantic")
     before = files_of(tmp_path)
     assert "but not panoptic" in told(semantic, "--subtask", "panoptic")
+    four = small_model(num_channels=4)
+    four.save_pretrained(tmp_path / "four")
+    FaiM2FImageProcessor.from_model_config(four.config).save_pretrained(tmp_path / "four")
+    before = files_of(tmp_path)
+    assert "four takes 4 channels, but only models of RGB images are benchmarked" in told(tmp_path / "four")
 
     def missing(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
