@@ -246,6 +246,17 @@ def test_camvids_lists_and_void(tmp_path: Path) -> None:
     assert class_map(load_camvid(tmp_path)[0]).max() == 11
 
 
+def test_an_image_that_camvids_list_has_twice_counts_once(tmp_path: Path) -> None:
+    for name in ("train/a", "trainannot/a", "trainannot/b"):
+        save(tmp_path / f"{name}.png", np.zeros((4, 4), dtype=np.uint8))
+    listed = tmp_path / "train.txt"
+    listed.write_text("train/a.png trainannot/a.png\n/SegNet/train/a.png /SegNet/trainannot/a.png\n")
+    assert load_camvid(tmp_path).with_format(None)["image_id"] == ["a"]
+    listed.write_text("train/a.png trainannot/a.png\ntrain/a.png trainannot/b.png\n")
+    with pytest.raises(DatasetError, match="train.txt lists two images or masks of the name a: keep one"):
+        load_camvid(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["ade20k", "camvid"])
 def test_no_task_is_suggested_that_the_format_does_not_have(name: str, tmp_path: Path) -> None:
     """A map of instances, by numbers or colors, in a format with the task semantic alone."""

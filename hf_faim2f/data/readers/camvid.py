@@ -99,6 +99,7 @@ def load_camvid(
 def _listed(path: Path, images: Path, masks: Path, problems: Problems) -> dict[str, list[Any]]:
     """The columns of the images in a list."""
     columns: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "annotation")}
+    listed: dict[str, tuple[Path, Path]] = {}
     for line in dict.fromkeys(read_small_text(path).split("\n")):
         words = line.split()
         if not words:
@@ -107,9 +108,14 @@ def _listed(path: Path, images: Path, masks: Path, problems: Problems) -> dict[s
             image = _below(images, words[0], path)
             own = words[1] if len(words) > 1 else png_inside(masks, image.stem, str(path)).name
             mask = _below(masks, own, path)
+            if image.stem in listed and listed[image.stem] != (image, mask):
+                raise DatasetError(f"{path} lists two images or masks of the name {image.stem}: keep one of them.")
         except DatasetError as error:
             problems.add(error)
             continue
+        if image.stem in listed:  # by another path
+            continue
+        listed[image.stem] = (image, mask)
         columns["image"].append(file_source(image))
         columns["annotation"].append(file_source(mask))
         columns["file_name"].append(image.name)
