@@ -147,7 +147,10 @@ class Format:
             return self.title
         if not source.root and source.annotations:
             return Path(source.annotations[0]).stem
-        return Path(source.root).resolve().name if Path(source.root).exists() else source.root
+        place = Path(source.root).resolve()
+        if place.is_file() and place.stem in ("data", "dataset"):  # YOLO's usual names, which tell no data from another
+            return place.parent.name
+        return place.name if place.exists() else source.root
 
 
 def _read_folder(source: DataSource, split: str, task: Task, has_colors: bool = False) -> Sequence[Item]:

@@ -153,6 +153,9 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
 def test_paths_of_this_machine_are_in_no_title(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "flowers", 2)
     assert FORMATS["folder"].title_of(DataSource(str(folder)), ["a"]) == "flowers"
+    for name in ("data.yaml", "dataset.yml"):
+        (folder / name).touch()
+        assert FORMATS["yolo"].title_of(DataSource(str(folder / name)), ["a"]) == "flowers"
     assert FORMATS["hub"].title_of(DataSource("someone/flowers"), ["a"]) == "someone/flowers"
     assert FORMATS["ade20k"].title_of(DataSource(str(folder)), ["a"]) == "ADE20K"
 
