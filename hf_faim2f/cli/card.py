@@ -13,7 +13,7 @@ from ..files import read_object, write_whole
 from ..hub.card import model_card, title_of
 from ..hub.card_facts import includes_training
 from ..hub.check import list_files
-from ..hub.results import CARD, Measured, merge_tables, other_settings
+from ..hub.results import CARD, Measured, merge_tables, other_settings, weights_digest
 from ..hub.sections import check_license, holes, license_note
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
@@ -191,6 +191,11 @@ def _evaluation(
         raise FolderError(
             f"{path} is the evaluation of {document.get('model')}, whose labels differ from this model's: name the "
             "evaluation of this model."
+        )
+    if document.get("weights") not in (None, weights_digest(model)):
+        raise FolderError(
+            f"{path} is the evaluation of other weights than those in {model}, perhaps from before another training: "
+            "evaluate the model again."
         )
     named = Path(str(document.get("model")))
     if named.is_dir() and not named.samefile(model):

@@ -49,7 +49,7 @@ from ..evaluation.report import (
 from ..evaluation.semantic import CONFUSION_PICTURE, CONFUSION_TABLE, write_confusion
 from ..files import check_writable, write_whole
 from ..hub.card_facts import includes_training
-from ..hub.results import CARD, Measured, merge_results, other_settings, update_card
+from ..hub.results import CARD, Measured, merge_results, other_settings, update_card, weights_digest
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..runtime.tiles import Windows
 from ..training.run import PRECISIONS, check_precision, lone_process
@@ -84,6 +84,7 @@ DOCUMENT = {
     "out": "the folder that was written",
     "card": "the card that was updated, or null",
     "model, labels, data, images": "the model, its labels, the data (format, name, split, task) and number of images",
+    "weights": "the SHA-256 of the weights of a model in a folder, or null",
     "limit": "the --limit of images, or null: then they are those of the whole split",
     "left_out": "images and annotations that were skipped, and why, one sentence each",
     "notes": "notes for the user",
@@ -397,6 +398,7 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     title = _title(settings, data)
     about = {
         "model": settings.model,
+        "weights": weights_digest(Path(str(settings.model))),
         "labels": [name for _, name in sorted(prepared.model.config.id2label.items())],
         "data": {"format": format_name, "name": title, "split": data.split, "task": data.description.task},
         "images": len(data.items),

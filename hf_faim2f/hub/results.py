@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..family import ALIASES, FAMILY
-from ..files import write_whole
+from ..files import sha256_of, write_whole
 from .sections import MARK, TASK, Section, edit_generated, load_card, parse_card, plain, split_sections
 
 CARD = "README.md"
@@ -69,6 +69,12 @@ class Measured:
             for subtask, values in self.metrics.items()
             for name, value in values.items()
         ]
+
+
+def weights_digest(folder: Path) -> str | None:
+    """The SHA-256 of the weights in a model's folder, or of their digests if there are several files; None if none."""
+    digests = [sha256_of(path) for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
+    return sha256_of("".join(digests).encode()) if len(digests) > 1 else next(iter(digests), None)
 
 
 def is_for_training(split: str | None) -> bool:
@@ -335,4 +341,5 @@ __all__ = [
     "parse_card",
     "results_text",
     "update_card",
+    "weights_digest",
 ]

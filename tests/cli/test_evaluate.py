@@ -1,6 +1,7 @@
 """`faim2f evaluate`: its files match the evaluator and plain counts, and huggingface_hub reads the card."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -99,6 +100,7 @@ def test_the_files_have_what_the_evaluator_measures(
         "format": "coco-panoptic", "name": "coco-panoptic", "split": "val2017", "task": "panoptic"
     }  # fmt: skip
     assert document["images"] == 3 and document["left_out"] == [] and document["model"] == str(model)
+    assert document["weights"] == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     for subtask, result in expected.items():
         for name, value in result.items():
             found = document["results"][subtask][name]

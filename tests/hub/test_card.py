@@ -1,5 +1,6 @@
 """Cards: facts and runnable snippets of all family members, hand-written sections, and checks before publishing."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -228,6 +229,12 @@ def test_the_card_command_writes_an_evaluation_s_table(
         (tmp_path / "evaluation.json").write_text(json.dumps({**evaluation, "model": str(other)}))
         assert main(["card", str(model), "--evaluation", str(tmp_path)]) == 0
         assert (f"is the evaluation of {other}, not of {model}" in capsys.readouterr().out) == is_noted
+    weights = (folder / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights)
+    for digest, status in ((hashlib.sha256(weights).hexdigest(), 0), (hashlib.sha256(b"before").hexdigest(), 2)):
+        (tmp_path / "evaluation.json").write_text(json.dumps({**evaluation, "weights": digest}))
+        assert main(["card", str(model), "--evaluation", str(tmp_path)]) == status
+    assert f"is the evaluation of other weights than those in {model}" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_read_does_not_end_a_card(
