@@ -147,7 +147,7 @@ def recipe_at(recipe: Recipe, image_size: int | None, crop: tuple[int, int] | No
     """Adapts a recipe to another image size.
 
     Args:
-        recipe: returned unchanged if it has no augmentations.
+        recipe: returned unchanged if it has no augmentations and no `crop` is given.
         image_size: the shorter edge of the model's input images; None for the recipe's own. The recipe's crop and
             resize sizes are scaled so that the shorter edge of the crops becomes `image_size`. If the recipe has an
             `evaluation_size`, it becomes `image_size` instead.
@@ -157,6 +157,8 @@ def recipe_at(recipe: Recipe, image_size: int | None, crop: tuple[int, int] | No
         ValueError: `crop` is given, but the recipe does not crop.
     """
     if not recipe.augmentations:
+        if crop is not None:
+            raise ValueError(f"The recipe {recipe.name} does not crop: leave out crop (--crop), or choose another.")
         return recipe
     augmentations = recipe.augmentations
     if image_size is not None:

@@ -142,6 +142,7 @@ WRONG = [
     (["--teacher", "large"], "large is not a folder here, nor the name of a published model, nor a Hub id"),
     (["--teacher", "fai-mf-m-ade"], "fai-mf-m-ade has 150 classes, but "),
     (["--teacher", "large", "--unlabelled", "pictures"], "There is no folder pictures."),
+    (["--recipe", "digits", "--crop", "64x64"], "The recipe digits does not crop: leave out crop (--crop)"),
     (["--report-to", "wand"], "--report-to must be one of tensorboard, trackio, wandb, mlflow, not 'wand'."),
 ]  # fmt: skip
 
