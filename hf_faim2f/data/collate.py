@@ -20,7 +20,16 @@ from ..model.segmentation_labels_faim2f import resize_segmentation_map
 from .augmentation import Augmentation, augment
 from .dataset import HEADER_THREADS, BadItem, Problems
 from .files import file_source, list_images, read_header, read_image
-from .item import Item, binary_masks, drop_vanished, keep_segments, make_item, pixel_counts, segment_areas
+from .item import (
+    Item,
+    binary_masks,
+    drop_vanished,
+    image_error,
+    keep_segments,
+    make_item,
+    pixel_counts,
+    segment_areas,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -61,14 +70,18 @@ class SegmentationCollator:
             - **class_labels**: for each image its classes (n,), int64.
 
         Raises:
-            ValueError: there are no items, or the image processor's settings do not allow a batch of these sizes.
+            ValueError: there are no items.
+            DatasetError: the image processor's settings do not allow an image, or a batch of these sizes.
         """
         if not items:
             raise ValueError("A batch needs at least one item.")
         images = [item["image"] for item in items]
-        encoded = self.processor.preprocess(
-            images, input_data_format="channels_first", return_tensors="pt", do_resize=self.do_resize
-        )
+        try:
+            encoded = self.processor.preprocess(
+                images, input_data_format="channels_first", return_tensors="pt", do_resize=self.do_resize
+            )
+        except ValueError as error:
+            raise image_error(error, items) from error
         height, width = encoded["pixel_values"].shape[-2:]
         masks, classes = zip(*(self._labels(item, height, width) for item in items), strict=True)
         return {
@@ -152,13 +165,16 @@ class TrainingItems(TorchDataset[Item]):
         """The augmented item.
 
         Raises:
-            DatasetError: the item cannot be read, or, with `skip_bad`, no item can be read.
+            DatasetError: the item cannot be read or augmented, or, with `skip_bad`, no item can be read.
         """
         index = range(len(self))[index]  # supports negative indices, and terminates iteration
         item = self._read(index)
         seeds = np.random.SeedSequence([self.seed, int(self._epoch), index])
         generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        return augment(item, self.augmentations, generator)
+        try:
+            return augment(item, self.augmentations, generator)
+        except ValueError as error:  # for example an image so narrow that it would be resized to no pixels
+            raise image_error(error, [item]) from error
 
     def _read(self, index: int) -> Item:
         if not self.skip_bad:

@@ -1,11 +1,14 @@
 """The common representation of an image with its segments, and operations on segments."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..errors import DatasetError
 
 # Far more than in real annotations. A few bytes of run lengths can cover a whole image, so without a limit a small file
 # could require thousands of maps of the image's size.
@@ -16,6 +19,8 @@ MOST_LAYER_VALUES = 1 << 29
 INSTANCES_PER_CLASS = 1000
 # The value of objects in binary masks of image editors and annotation tools; in most other masks, it means no class.
 WHITE = 255
+# How messages of the image processor begin: with the image's place in the batch.
+IMAGE = re.compile(r"^image (\d+)")
 
 
 class Item(TypedDict):
@@ -72,6 +77,17 @@ def make_item(
         height=image.shape[-2],
         width=image.shape[-1],
     )
+
+
+def image_error(error: ValueError, items: Sequence[Item]) -> DatasetError:
+    """The error for images that cannot be processed at these settings; it names the image instead of its place."""
+    text = str(error)
+    found = IMAGE.match(text)
+    if found is None and len(items) > 1:
+        return DatasetError(text)
+    item = items[0 if found is None else int(found[1])]
+    name = f"Image {item['image_id']}" + (f" ({item['file_name']})" if item["file_name"] else "")
+    return DatasetError(name + (f": {text}" if found is None else text[found.end() :]))
 
 
 def paint_masks(masks: Iterable[tuple[int, np.ndarray]], height: int, width: int) -> tuple[Tensor, Tensor | None]:

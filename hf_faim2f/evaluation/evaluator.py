@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..data.dataset import Description
-from ..data.item import Item, binary_masks, class_map
-from ..errors import DatasetError, ModelError
+from ..data.item import Item, binary_masks, class_map, image_error
+from ..errors import ModelError
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.focoos_post_processing_faim2f import InstanceEvaluation, evaluate_instances, evaluate_semantic
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
@@ -43,8 +43,6 @@ MOST_PIXELS = 2**22
 CITYSCAPES = "cityscapes"
 # What a class is called that has no name, and the signs that names may differ in.
 UNNAMED, SIGNS = re.compile(r"label\d+"), re.compile(r"[\s_-]+")
-# How messages of the image processor begin: with the image's place in the batch.
-IMAGE = re.compile(r"^image (\d+)")
 
 
 def choose_subtasks(description: Description, wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -128,10 +126,6 @@ def _batches(items: Sequence[Item], indices: Sequence[int], batch_size: int) -> 
         batch.append(item)
     if batch:
         yield batch
-
-
-def _name(item: Item) -> str:
-    return f"Image {item['image_id']}" + (f" ({item['file_name']})" if item["file_name"] else "")
 
 
 @dataclass
@@ -258,7 +252,7 @@ class Evaluator:
         try:  # images of the same size need no padding
             inputs = self.processor(images, input_data_format="channels_first", return_tensors="pt", do_pad=False)
         except ValueError as error:
-            raise DatasetError(IMAGE.sub(lambda found: _name(batch[int(found[1])]), str(error), 1)) from error
+            raise image_error(error, batch) from error
         pixels = inputs["pixel_values"].to(parameter.device, parameter.dtype)
         network = (pixels.shape[2], pixels.shape[3])
         sizes = [(item["image"].shape[1], item["image"].shape[2]) for item in batch]

@@ -146,6 +146,22 @@ def test_broken_images_are_named_or_skipped(
     assert all(line in printed for line in skipped)
 
 
+@pytest.mark.parametrize("recipe", ["finetune", "digits"])
+def test_an_image_that_is_too_narrow_is_named(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str
+) -> None:
+    """It fails in an augmentation, or in the image processor."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(places["data"], data)
+    for folder, mode in (("images", "RGB"), ("masks", "L")):
+        Image.new(mode, (4, 9000)).save(data / "train" / folder / "004.png")
+    command = arguments({**places, "data": str(data)}, out, "--recipe", recipe, "--batch-size", "6", "--steps", "1")
+    assert main(command) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"faim2f train: Image .*004.png.*: 9000x4 pixels would be resized to \d+x0", error), error
+    assert not out.exists()
+
+
 WRONG = [
     (["--format", "foldr"], "No format is called 'foldr'. Known: ade20k, .* Did you mean 'folder'"),
     (["--format", "cityscapes"], "There is no folder .*leftImg8bit"),

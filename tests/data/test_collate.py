@@ -9,6 +9,7 @@ import torch
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data import Item, SegmentationCollator, binary_masks, load_ade20k, make_item, paint_masks
+from hf_faim2f.errors import DatasetError
 from hf_faim2f.model.point_sampling_faim2f import SegmentTargets
 from tests.support.image_files import photo, save
 
@@ -16,6 +17,8 @@ try:  # transformers 5
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 except ImportError:
     from transformers import Mask2FormerImageProcessor as Mask2FormerImageProcessorPil
+
+SMALL = {"shortest_edge": 64, "longest_edge": 128}
 
 
 def item_of(masks: np.ndarray, classes: list[int], crowd: list[bool] | None = None, seed: int = 0) -> Item:
@@ -79,6 +82,9 @@ def test_padding(compact: bool) -> None:
     assert fixed["pixel_values"].shape == (2, 3, 50, 40) and fixed["mask_labels"][0].shape[-2:] == (50, 40)
     with pytest.raises(ValueError, match="do_pad is False"):
         SegmentationCollator(FaiM2FImageProcessor(do_pad=False), compact)(items)
+    narrow = item_of(np.ones((1, 3, 900), dtype=bool), [0])
+    with pytest.raises(DatasetError, match=r"^Image 0 \(a.png\): 3x900 pixels would be resized to 0x128"):
+        SegmentationCollator(FaiM2FImageProcessor(size=SMALL), compact, do_resize=True)([items[0], narrow])
     with pytest.raises(ValueError, match="at least one item"):
         SegmentationCollator(processor, compact)([])
 
