@@ -374,7 +374,7 @@ def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:
     for path in _paths(evaluation.items, most=MOST_COMPARED):
         size = _size_of(path)
         candidates = by_size.get(size, []) if size is not None else []
-        if not candidates or size is None or left < size * (1 + len(candidates)):
+        if not candidates or size is None or left < size * sum(one not in digests for one in (path, *candidates)):
             continue
         try:
             for one in (path, *candidates):

@@ -16,6 +16,7 @@ from hf_faim2f.cli import main
 from hf_faim2f.cli.data import build_parser
 from hf_faim2f.cli.parser import subcommands
 from hf_faim2f.data import binary_masks, class_map
+from hf_faim2f.data.check import shared_images
 from hf_faim2f.data.formats import FORMATS, DataSource, open_data
 from tests.support.lively_model import LABELS as LIVELY
 from tests.support.lively_model import photographs, save_model
@@ -78,6 +79,23 @@ def test_a_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "star is in no image of train." in found["absent"]
     allowed = check(capsys, root, "--allow", ",".join(found), "--draw", "0", status=0)
     assert allowed["wrong"] == 0 and len(allowed["findings"]) == len(document["findings"]) == document["wrong"]
+
+
+def test_shared_images_are_found_among_many_of_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompressed files have the same size. Each counts once toward the bytes to read."""
+    root = write_tree("folder", tmp_path / "data", 3)
+    for part in ("train", "val"):
+        for number in range(3):
+            path = root / part / "images" / f"00{number}.png"
+            Image.fromarray(shapes(number)[0]).save(path.with_suffix(".bmp"))
+            path.unlink()
+    source = DataSource(str(root), "semantic")
+    parts = [open_data("folder", source, part) for part in ("train", "validation")]
+    size = (root / "train" / "images" / "000.bmp").stat().st_size
+    monkeypatch.setattr("hf_faim2f.data.check.MOST_HASHED", 6 * size)
+    assert shared_images(*parts) == ["000.bmp", "001.bmp", "002.bmp"]
+    monkeypatch.setattr("hf_faim2f.data.check.MOST_HASHED", 5 * size)
+    assert shared_images(*parts) == ["000.bmp", "001.bmp"]
 
 
 def test_annotations_of_stored_pixels_and_points_outside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
