@@ -151,7 +151,10 @@ def _check(settings: CheckSettings, emit: Callable[[Any], None]) -> int:
         report = check.check_data(parts, findings, settings.limit, frame_is_known, bar.update)
     say(f"Task {report.task}, {len(report.labels)} {'class' if len(report.labels) == 1 else 'classes'}.")
     for name, part in report.parts.items():
-        say(f"{name}: {_size_line(part)}" + (f", {number_of(part.crowds, 'crowd')}." if part.crowds else "."))
+        crowds = f", {number_of(part.crowds, 'crowd')}" if part.crowds else ""
+        whole = len(parts[name].items)
+        limited = f"; read {settings.limit:,} of {whole:,}" if settings.limit and settings.limit < whole else ""
+        say(f"{name}: {_size_line(part)}{crowds}{limited}.")
     for line in _table(report):
         say(line)
     if unread := check.unread_note(settings.data, parts):

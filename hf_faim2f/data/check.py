@@ -180,7 +180,7 @@ def check_data(
     Args:
         parts: from `open_parts`.
         findings: problems that are already known, from `open_parts`.
-        most: the maximum number of images to read of each part, evenly spaced; None for all.
+        most: maximum number of images to read of each part, evenly spaced; classes are absent only if None, for all.
         frame_is_known: whether the user chose an `annotation_frame`, so that annotations of unclear frame are not
             reported.
         after_each: called after each image.
@@ -201,8 +201,8 @@ def check_data(
                     continue
                 report.findings += [Finding(kind, name, _ROTATED[kind].format(file)) for file in files]
     for name, part in report.parts.items():
-        if not part.images:
-            continue
+        if not part.images or (most is not None and most < len(parts[name].items)):
+            continue  # nothing is known about the images that were not read
         absent = [label for label, count in zip(first.labels, part.segments, strict=True) if not count]
         report.findings += [Finding("absent", name, f"{label} is in no image of {name}.") for label in absent]
     return report

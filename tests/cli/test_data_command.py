@@ -81,6 +81,18 @@ def test_a_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert allowed["wrong"] == 0 and len(allowed["findings"]) == len(document["findings"]) == document["wrong"]
 
 
+def test_a_limited_check_does_not_call_a_class_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only one of the images that are not read has the class."""
+    root = write_tree("folder", tmp_path / "data", 3)
+    for part in ("train", "val"):
+        (root / part / "labels.txt").write_text("\n".join([*LABELS, "star"]))
+        Image.new("L", (SIDE, SIDE), len(LABELS)).save(root / part / "masks" / "002.png")
+    words = ["data", "check", str(root), "--out", str(tmp_path), "--draw", "0", "--limit", "2"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "train: 2 images of 64x64; read 2 of 3." in printed and "No problems found." in printed
+
+
 def test_shared_images_are_found_among_many_of_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompressed files have the same size. Each counts once toward the bytes to read."""
     root = write_tree("folder", tmp_path / "data", 3)
