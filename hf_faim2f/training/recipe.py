@@ -216,6 +216,7 @@ class AverageCallback(TrainerCallback):
         self.averaged.to(args.device)
         if state.global_step == 0:
             self.averaged.module.load_state_dict(kwargs["model"].state_dict())
+            self.averaged.n_averaged.zero_()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Updates the average after a step."""
@@ -262,12 +263,14 @@ def follow_recipe(arguments: TrainingArguments, recipe: Recipe, unused: Sequence
             f"max_steps is {arguments.max_steps}, but the learning rate of the recipe {recipe.name} ends after "
             f"{recipe.steps} steps: pass dataclasses.replace(recipe, steps={arguments.max_steps})."
         )
+    usual = {field.name: field.default for field in fields(TrainingArguments)}
+    has_epochs = arguments.max_steps <= 0 and arguments.num_train_epochs != usual["num_train_epochs"]
     if arguments.max_steps <= 0:
         arguments.max_steps = recipe.steps
     own = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.clip}
-    usual = {field.name: field.default for field in fields(TrainingArguments)}
     told = [name for name, value in own.items() if getattr(arguments, name) not in (usual[name], value)]
     told += [name for name in OF_SCHEDULE if getattr(arguments, name, None) not in (usual.get(name), None, 0)]
+    told += ["num_train_epochs"] if has_epochs else []
     if told:
         logger.warning(
             f"FaiM2FTrainer takes {', '.join(told)} from the recipe {recipe.name}, and not from its args: change the "

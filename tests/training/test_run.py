@@ -91,6 +91,10 @@ def test_the_recipe_replaces_the_arguments(tmp_path: Path, monkeypatch: pytest.M
     own = {"learning_rate": 3e-5, "max_grad_norm": 5.0, "lr_scheduler_type": "cosine"}
     assert trainer(tmp_path, own).args.max_grad_norm == 0.01
     assert len(said) == 1 and "takes learning_rate, max_grad_norm, lr_scheduler_type from the recipe test" in said[0]
+    assert trainer(tmp_path, {"num_train_epochs": 1}).args.max_steps == RECIPE.steps
+    assert "takes num_train_epochs from the recipe test" in said[1]
+    trainer(tmp_path, {"num_train_epochs": 1, "max_steps": 2})
+    assert len(said) == 2
 
 
 def test_the_hub_gets_averaged_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,12 +129,13 @@ def test_a_process_uses_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.
     assert batches == [2] and len(said) == 1 and "one of 2 GPUs" in said[0]
 
 
-def test_another_training_starts_the_schedule_anew(tmp_path: Path) -> None:
+def test_another_training_starts_the_schedule_and_the_average_anew(tmp_path: Path) -> None:
     made = trainer(tmp_path, {"max_steps": 3, "logging_steps": 1, "save_strategy": "no"})
     rates = []
     for _ in range(2):
         made.train()
         rates.append([entry["learning_rate"] for entry in made.state.log_history if "loss" in entry])
+        assert made.average is not None and int(made.average.averaged.n_averaged) == 3
     assert rates[0] == rates[1] and max(rates[0]) == RECIPE.learning_rate
 
 
