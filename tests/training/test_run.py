@@ -88,9 +88,10 @@ def test_the_recipe_replaces_the_arguments(tmp_path: Path, monkeypatch: pytest.M
     assert plain.model.config.train_num_points == 32
     assert trainer(tmp_path, {"max_steps": 2, "learning_rate": RECIPE.learning_rate}).args.max_steps == 2
     assert not said
-    own = {"learning_rate": 3e-5, "max_grad_norm": 5.0, "lr_scheduler_type": "cosine"}
+    own = {"learning_rate": 3e-5, "max_grad_norm": 5.0, "lr_scheduler_type": "cosine", "optim": "sgd"}
     assert trainer(tmp_path, own).args.max_grad_norm == 0.01
-    assert len(said) == 1 and "takes learning_rate, max_grad_norm, lr_scheduler_type from the recipe test" in said[0]
+    told = "learning_rate, max_grad_norm, lr_scheduler_type, optim"
+    assert len(said) == 1 and f"takes {told} from the recipe test" in said[0]
     assert trainer(tmp_path, {"num_train_epochs": 1}).args.max_steps == RECIPE.steps
     assert "takes num_train_epochs from the recipe test" in said[1]
     trainer(tmp_path, {"num_train_epochs": 1, "max_steps": 2})
