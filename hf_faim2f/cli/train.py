@@ -131,6 +131,8 @@ def run(prepared: TrainRun, program: str) -> int:
                 say(f"{out / CONFUSION_PICTURE} is the confusion matrix.")
         if trainer.best is not None:
             say(f"The weights are those of {trainer.best}.")
+        elif settings.best is not None:
+            say(f"{settings.best} was undefined in every evaluation, so the weights are those of the last step.")
         say(f"The trained model is in {out / FINAL}, the curve, the log and samples next to it.")
         text = (out / FINAL / CARD).read_text(encoding="utf-8")
         for hole in holes(text, [path.name for path in (out / FINAL).iterdir()]):

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from transformers import set_seed
 
-from ..data.augmentation import RandomFlip, channel_note
+from ..data.augmentation import RandomFlip, ResizeShortestEdge, channel_note
 from ..data.collate import MixedItems, SegmentationCollator, TrainingItems, UnlabelledImages
 from ..data.counts import ClassCounts, check_crops, check_same_labels, check_targets, count_classes
 from ..data.dataset import without_bad_items
@@ -246,6 +246,7 @@ def prepare(settings: TrainSettings) -> TrainRun:
     notes += [*precision_note, *_weigh_classes(settings, start, train_data, counts["train"], checkpoint)]
     labels = train_data.description.labels
     notes += filter(None, (channel_note(recipe.augmentations, channels), _flip_note(recipe, labels)))
+    notes += filter(None, [_scale_note(recipe, start)])
     if settings.per_device_batch_size == AUTO:
         images, note = _fitting_images(settings, recipe, train_data, start, counts["train"], checkpoint)
         settings = replace(settings, per_device_batch_size=images)
@@ -314,6 +315,18 @@ def _check_targets(settings: TrainSettings, recipe: Recipe, data: OpenData, star
     collator = SegmentationCollator(start.processor, do_resize=not recipe.augmentations)
     check_targets(counts, data.description.name)
     check_crops(items, lambda item: len(collator([item])["class_labels"][0]), counts, data.description.name)
+
+
+def _scale_note(recipe: Recipe, start: Start) -> str | None:
+    """A sentence if the recipe never trains at the size at which the model is evaluated, or None."""
+    edges = [edge for step in recipe.augmentations if isinstance(step, ResizeShortestEdge) for edge in step.edges]
+    size = start.processor.to_dict()["size"].get("shortest_edge")
+    if not edges or size is None or min(edges) <= size <= max(edges):
+        return None
+    return (
+        f"The recipe resizes images to a shorter edge of {min(edges)} to {max(edges)} pixels, but the image processor "
+        f"of the model to {size}: pass --image-size {size} to train at the scale of evaluations and predictions."
+    )
 
 
 def _flip_note(recipe: Recipe, labels: Sequence[str]) -> str | None:

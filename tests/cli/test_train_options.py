@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors import safe_open
 
 from hf_faim2f import FaiM2FImageProcessor
@@ -120,6 +121,27 @@ def test_mirrored_classes_are_noted_unless_nothing_is_mirrored(places: dict[str,
     assert not any("mirrors" in note for note in prepared.notes)
     assert not any(isinstance(step, RandomFlip) for step in prepared.recipe.augmentations) and prepared.recipe.steps
     assert not any("mirrors" in note for note in prepare(TrainSettings(**places, format="folder", out="out")).notes)
+
+
+def test_training_at_other_sizes_than_evaluation_is_noted(places: dict[str, str]) -> None:
+    """The model's images have a shorter edge of 64 pixels; the recipe's crops are made for 640."""
+    settings = TrainSettings(**places, format="folder", out="out")
+    told = "a shorter edge of 320 to 1280 pixels, but the image processor of the model to 64: pass --image-size 64"
+    assert any(told in note for note in prepare(settings).notes)
+    assert not any("shorter edge" in note for note in prepare(replace(settings, image_size=64)).notes)
+    assert not any("shorter edge" in note for note in prepare(replace(settings, recipe="digits")).notes)
+
+
+def test_a_best_that_is_never_defined_is_said(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_tree("folder", tmp_path / "data", 2)
+    for mask in (data / "val" / "masks").iterdir():
+        Image.new("L", (64, 64), 255).save(mask)
+    options = ["--steps", "1", "--evaluate-every", "1", "--best", "mIoU"]
+    assert run({**places, "data": str(data)}, tmp_path / "out", *options) == 0
+    said = "mIoU was undefined in every evaluation, so the weights are those of the last step."
+    assert said in capsys.readouterr().out
 
 
 WRONG = [
