@@ -207,6 +207,9 @@ def _announce(prepared: TrainRun) -> None:
         *prepared.notes,
     ]:
         say(note)
+    if len(prepared.items) < recipe.batch_size:
+        say(f"There are no more than {number_of(len(prepared.items), 'image')} for each step, although the learning "
+            f"rate is meant for {recipe.batch_size}.")  # fmt: skip
     say(
         f"Recipe {recipe.name}: {number_of(recipe.steps, 'step')} of {number_of(recipe.batch_size, 'image')} "
         f"({process_count()} x {at_once}"

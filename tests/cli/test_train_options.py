@@ -132,6 +132,17 @@ def test_training_at_other_sizes_than_evaluation_is_noted(places: dict[str, str]
     assert not any("shorter edge" in note for note in prepare(replace(settings, recipe="digits")).notes)
 
 
+def test_steps_of_fewer_images_than_the_batch_are_noted(
+    places: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = TrainSettings(**places, format="folder", out="out")
+    train._announce(prepare(settings))
+    said = "There are no more than 6 images for each step, although the learning rate is meant for 8."
+    assert said in capsys.readouterr().out
+    train._announce(prepare(replace(settings, batch_size=6)))
+    assert "for each step" not in capsys.readouterr().out
+
+
 def test_a_best_that_is_never_defined_is_said(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
