@@ -51,7 +51,7 @@ class SegmentationCollator:
         overlap_tolerance: a map contains only the topmost segments. If a segment would lose more than this fraction of
             its pixels, its image gets binary masks nevertheless. With 1, every image gets a map, and segments that are
             completely covered are not targets; with 0, nothing is lost.
-        do_resize: also resize images and segments to the image processor's `size`; for items that are not augmented.
+        do_resize: also resize images and segments, if the image processor does; for items that are not augmented.
     """
 
     processor: FaiM2FImageProcessor
@@ -76,9 +76,10 @@ class SegmentationCollator:
         if not items:
             raise ValueError("A batch needs at least one item.")
         images = [item["image"] for item in items]
+        do_resize = self.do_resize and self.processor.do_resize  # type: ignore[attr-defined]
         try:
             encoded = self.processor.preprocess(
-                images, input_data_format="channels_first", return_tensors="pt", do_resize=self.do_resize
+                images, input_data_format="channels_first", return_tensors="pt", do_resize=do_resize
             )
         except ValueError as error:
             raise image_error(error, items) from error
@@ -93,7 +94,7 @@ class SegmentationCollator:
 
     def _labels(self, item: Item, height: int, width: int) -> tuple[Tensor, Tensor]:
         item = keep_segments(item, ~item["crowd"])
-        if self.do_resize:
+        if self.do_resize and self.processor.do_resize:  # type: ignore[attr-defined]
             item = self._resized(item)
         item = drop_vanished(item)
         below, right = height - item["segments"].shape[-2], width - item["segments"].shape[-1]

@@ -129,7 +129,7 @@ def start_model(
     if not Path(name).is_dir() and published_source(name) is not None:
         notes.insert(0, f"{name} starts with its published weights; use --from-scratch (from_scratch) for random ones.")
     if image_size is not None:
-        processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), size=_size(image_size))
+        processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), size=_size(image_size), do_resize=True)
     return _with_channels(Start(model, processor, notes), channels)
 
 

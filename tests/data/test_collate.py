@@ -89,6 +89,13 @@ def test_padding(compact: bool) -> None:
         SegmentationCollator(processor, compact)([])
 
 
+def test_items_are_resized_only_if_the_image_processor_does() -> None:
+    items = [partition(3, 20, 33, 1)]
+    for does, size in ((True, (64, 106)), (False, (20, 33))):
+        batch = SegmentationCollator(FaiM2FImageProcessor(do_resize=does, size=SMALL), do_resize=True)(items)
+        assert batch["pixel_values"].shape[-2:] == batch["mask_labels"][0].shape == size
+
+
 def test_both_forms_are_the_same_to_the_loss() -> None:
     items = [partition(5, 24, 30, 1), partition(0, 20, 20, 2), partition(2, 30, 22, 3)]
     targets = []

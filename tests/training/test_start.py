@@ -84,3 +84,10 @@ def test_on_a_trained_backbone_the_rest_is_random_and_said_to_be(tmp_path: Path)
         f"A new digits with the 2 labels of cars, on the backbone of {tmp_path / 'trained'}; all other weights are "
         "random."
     ]
+
+
+def test_a_size_of_images_makes_the_image_processor_resize(folder: Path) -> None:
+    FaiM2FImageProcessor.from_pretrained(folder, do_resize=False).save_pretrained(folder)
+    assert not start_model(str(folder), DATA).processor.do_resize
+    resized = start_model(str(folder), DATA, image_size=96).processor
+    assert resized.do_resize and dict(resized.size)["shortest_edge"] == 96
