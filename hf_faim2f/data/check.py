@@ -19,7 +19,7 @@ from ..errors import DatasetError, MissingPartError, UnusableImageError
 from ..files import files_below, sha256_of
 from ..model.image_bands_faim2f import ARRAY_SUFFIXES
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES
-from .collate import UnlabelledImages
+from .collate import MAP_FOLDERS, UnlabelledImages
 from .counts import check_same_labels, number_of
 from .dataset import frames_of, from_rows, reader_of
 from .formats import DataSource, OpenData, find_format, open_data
@@ -48,8 +48,6 @@ MOST_NAMED = 5
 MOST_DRAWN = 8
 # Formats whose data may be undivided, or have a test part.
 UNDIVIDED = ("folder", "colors", "yolo", "coco", "labelme", "supervisely", "roboflow-masks", "voc", "camvid")
-# Folders with maps in the layouts of all formats.
-MAP_FOLDERS = frozenset({"annotations", "masks", "SegmentationClass", "SegmentationObject", "gtFine"})
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from .item import (
 )
 
 logger = logging.get_logger(__name__)
+# Folders with maps in the layouts of all formats.
+MAP_FOLDERS = frozenset({"annotations", "masks", "SegmentationClass", "SegmentationObject", "gtFine"})
 
 
 @dataclass
@@ -228,12 +230,14 @@ class UnlabelledImages(Sequence[Item]):
         skipped: one sentence for each image that was left out.
 
     Raises:
-        DatasetError: there is no such folder, or no image in it that can be read; or, without `skip_bad`, an image
-            cannot be read.
+        DatasetError: there is no such folder, no image in it that can be read, or a folder of maps in it; or, without
+            `skip_bad`, an image cannot be read.
     """
 
     def __init__(self, folder: str | Path, skip_bad: bool = False, num_channels: int = RGB) -> None:
         found = list_images(Path(folder))
+        if maps := {part for path in found for part in path.relative_to(folder).parts[:-1]} & MAP_FOLDERS:
+            raise DatasetError(f"{folder} has the folder {min(maps)} with maps of labels: name one of images alone.")
         problems = Problems(skip_bad)
         with ThreadPoolExecutor(HEADER_THREADS) as pool:
             errors = list(pool.map(_error_of, found))

@@ -21,7 +21,7 @@ from hf_faim2f.data.collate import MixedItems, SegmentationCollator, TrainingIte
 from hf_faim2f.data.dataset import Description
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.data.item import Item, make_item
-from hf_faim2f.errors import DivergenceError, ModelError
+from hf_faim2f.errors import DatasetError, DivergenceError, ModelError
 from hf_faim2f.family.digits import LABELS as DIGIT_LABELS
 from hf_faim2f.family.digits import THING_IDS
 from hf_faim2f.model import loss_faim2f
@@ -397,6 +397,8 @@ def test_the_teacher_sees_crops_at_the_scale_of_whole_images(
 
 def test_mixed_items_are_half_unlabelled(tmp_path: Path) -> None:
     images = UnlabelledImages(write_folder(tmp_path, 5, seed=50) / "images")
+    with pytest.raises(DatasetError, match="has the folder masks with maps of labels: name one of images alone."):
+        UnlabelledImages(tmp_path)
     assert len(images) == 5 and not len(images[0]["classes"]) and (images[0]["segments"] == -1).all()
     mixed = MixedItems(Shapes(2), images)  # type: ignore[arg-type]
     assert [len(mixed[index]["classes"]) > 0 for index in range(len(mixed))] == [True] * 5 + [False] * 5
