@@ -188,19 +188,19 @@ class FaiM2FTrainer(Trainer):
         self, *, recipe: Recipe, evaluator: Evaluator | None = None, teacher: Teacher | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        follow_recipe(self.args, recipe, [name for name in UNUSED if kwargs.get(name) is not None])
+        unused = [name for name in UNUSED if kwargs.get(name) is not None]
+        unused += ["eval_strategy without an evaluator"] if self.args.eval_strategy != "no" and not evaluator else []
+        follow_recipe(self.args, recipe, unused)
         if recipe.mask_points is not None:
             self.model.config.train_num_points = recipe.mask_points
         self._train_batch_size = self.args.train_batch_size  # for one GPU
         self.recipe, self.evaluator, self.teacher = recipe, evaluator, teacher
         if teacher is not None:
             teacher.model.to(self.args.device)
-        # Tells transformers that compute_loss divides by the totals of all accumulated batches.
-        self.model_accepts_loss_kwargs = True
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the totals of all accumulated batches
         self._named: dict[str, Tensor] = {}  # each loss, summed over the steps since the last log
-        self._steps = 0  # the number of these steps
+        self._steps = self._skipped = 0  # the number of these steps, and of those that the scaler skipped since then
         self._of_step: dict[str, Tensor] = {}  # each loss of the current step, summed over accumulated batches
-        self._skipped = 0  # steps that the scaler skipped since the last log
         self.add_callback(StepCallback(self))
         self.results: tuple[int, dict[str, dict[str, Any]]] | None = None
         self.best: Best | None = None

@@ -174,6 +174,7 @@ def test_averaged_weights_are_what_is_saved_and_predicts(tmp_path: Path, monkeyp
     [
         ({"max_steps": 60}, {}, "max_steps is 60, but .* ends after 6 steps: pass dataclasses.replace"),
         ({"label_smoothing_factor": 0.1}, {}, "does not use label_smoothing_factor"),
+        ({"eval_strategy": "epoch"}, {"eval_dataset": Shapes(2)}, "does not use eval_strategy without an evaluator"),
         ({}, {"compute_metrics": lambda prediction: {}}, "does not use compute_metrics: .* with an evaluator"),
     ],
 )
