@@ -49,6 +49,7 @@ from .run_folder import (
     check_labels,
     checkpoint_step,
     newest_checkpoint,
+    reading,
     remove_unfinished,
     set_aside,
     writing,
@@ -127,7 +128,8 @@ def train(
         ValueError: the batch size does not divide the recipe's, the precision is unknown or unavailable, there is no
             such metric, `best` is given without evaluations, one of evaluator and items is given without the other, or
             the run in `out_dir` has other labels.
-        ModelError: the backbone that was trained in `out_dir` is damaged, or does not fit the model.
+        ModelError: the backbone that was trained in `out_dir` is damaged, or does not fit the model; or the last
+            checkpoint is damaged.
         ImportError: the library of an experiment tracker is missing.
         DivergenceError: a loss, a gradient or a weight is not finite; raised in all processes. No checkpoint is
             overwritten.
@@ -210,7 +212,8 @@ def train(
         _train_backbone(trainer, collator, recipe, seed, workers, log_every, out_dir)
     if last is None or not (checkpoint_step(last) >= recipe.steps or is_stopped_early(last, patience)):
         try:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            with reading(last):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except DivergenceError as error:
             if error.bad_weights is not None and trainer.is_world_process_zero():
                 set_aside(out_dir, error.bad_weights)
@@ -219,7 +222,8 @@ def train(
             final.log_into_checkpoint()
         trained = True
     else:  # transformers would train one more step
-        trainer.load_finished(last)
+        with reading(last):
+            trainer.load_finished(last)
         trained = False
         if evaluates and not is_evaluated(trainer.state.log_history, trainer.state.global_step):
             trainer.evaluate()  # the run was interrupted during its last evaluation

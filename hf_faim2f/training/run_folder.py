@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.augmentation import to_config
+from ..errors import ModelError
 from ..evaluation.report import folded_table, scalars
 from ..files import YamlLoader, write_whole
 from ..hub.card import Training, model_card, title_of, without_results
@@ -216,8 +218,26 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def reading(checkpoint: Path | None) -> Iterator[None]:
+    """Context manager for a run that may read a checkpoint.
+
+    Raises:
+        ModelError: one of its files is damaged, for example because the run's folder was only partly copied.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError, UnpicklingError) as error:
+        if checkpoint is None or (isinstance(error, RuntimeError) and not _is_of_archive(error)):
+            raise
+        raise ModelError(
+            f"{checkpoint} is damaged: remove it, so that the same command continues from the checkpoint before it, if "
+            "there is one, or copy it again."
+        ) from error
+
+
 def _is_of_archive(error: RuntimeError) -> bool:
-    """Whether torch failed to write an archive. It has no error class and no fixed message for that."""
+    """Whether torch failed to write or to read an archive. It has no error class and no fixed message for that."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_code.co_filename == torch.serialization.__file__ for frame, _ in frames)
 
@@ -360,6 +380,7 @@ __all__ = [
     "checkpoint_step",
     "last_checkpoint",
     "newest_checkpoint",
+    "reading",
     "recorded_settings",
     "remove_unfinished",
     "set_aside",

@@ -371,6 +371,29 @@ def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_a_damaged_checkpoint_is_one_sentence(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither of a run that goes on nor of a finished one; nothing is changed."""
+    out = tmp_path / "out"
+    assert main(command(places, out, "--steps", "1")) == 0
+    for name, is_cut, steps in (
+        ("model.safetensors", False, "1"),
+        ("average.safetensors", True, "2"),
+        ("optimizer.pt", False, "2"),
+        ("optimizer.pt", True, "2"),
+    ):
+        path = out / "checkpoint-1" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if is_cut else b"damaged")
+        capsys.readouterr()
+        assert main(command(places, out, "--steps", steps)) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(f"faim2f train: {out / 'checkpoint-1'} is damaged: remove it, so that"), error
+        assert path.is_file() and (out / "final").is_dir()
+        path.write_bytes(whole)
+
+
 @pytest.mark.newest_only
 @pytest.mark.large
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
