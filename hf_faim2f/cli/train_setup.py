@@ -21,7 +21,7 @@ from ..hub.sections import OWN_LICENSE, check_license
 from ..runtime.drawing import supervision
 from ..training.batch_size import AUTO, largest_batch
 from ..training.distillation import Teacher, open_teacher
-from ..training.final import find_metric
+from ..training.final import check_best, find_metric
 from ..training.progress import REPORTERS, check_reporters
 from ..training.recipe import BALANCED, RECIPES, Recipe, balanced_weights, find_recipe, read_class_weights, weight_words
 from ..training.run import PRECISIONS, check_precision, native_precision, process_count, shortened, split_batch
@@ -263,7 +263,9 @@ def prepare(settings: TrainSettings) -> TrainRun:
         min(EVALUATION_BATCH, at_once),
     )  # fmt: skip
     if settings.best is not None:
-        find_metric(settings.best, evaluator)
+        metric = find_metric(settings.best, evaluator)
+        if checkpoint is not None:
+            check_best(checkpoint, metric)
     count = min(settings.samples, len(evaluation.items))
     samples = [evaluation.items[number * len(evaluation.items) // count] for number in range(count)]
     return TrainRun(

@@ -9,13 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from ..errors import SettingsError, nearest_name
+from ..errors import ModelError, SettingsError, nearest_name
 from ..evaluation.evaluator import Evaluator
 from ..files import write_whole
 from ..hub.results import CARD
@@ -147,7 +148,10 @@ class BestCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # the main process may still be writing them
         if self.best is None:
             return False
-        load_model(self.trainer.averaged_model(), self.folder / SAFE_WEIGHTS_NAME)
+        try:
+            load_model(self.trainer.averaged_model(), self.folder / SAFE_WEIGHTS_NAME)
+        except SafetensorError as error:
+            raise ModelError(f"{self.folder / SAFE_WEIGHTS_NAME} is damaged: copy it again.") from error
         if self._evaluation is not None:
             results, confusion = self._evaluation
             self.trainer.results = (self.best.step, results)
@@ -162,6 +166,21 @@ def is_stopped_early(checkpoint: Path, patience: int | None) -> bool:
     return _is_out_of_patience(state.log_history, _read_best(checkpoint.parent / BEST), patience)
 
 
+def check_best(checkpoint: Path, metric: str) -> None:
+    """Checks that the best weights are there if the log of a checkpoint has the metric, "subtask metric".
+
+    Raises:
+        ModelError: they are not. Other weights would replace them in `final`.
+    """
+    folder, key = checkpoint.parent / BEST, "eval_" + metric.replace(" ", "_")
+    history = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history
+    is_there = _read_best(folder) is not None or folder.with_name(f".{BEST}.before").is_dir()
+    if not is_there and any(key in entry for entry in history):
+        raise ModelError(
+            f"{folder} is missing, with the weights of the best evaluation so far: copy it back, or choose another out."
+        )
+
+
 def is_evaluated(history: Sequence[Mapping[str, Any]], step: int) -> bool:
     """Whether a trainer's log has an evaluation after this step."""
     return any(entry["step"] == step and any(key.startswith("eval_") for key in entry) for entry in history)
@@ -169,7 +188,10 @@ def is_evaluated(history: Sequence[Mapping[str, Any]], step: int) -> bool:
 
 def _read_best(folder: Path) -> Best | None:
     path = folder / BEST_FILE
-    return Best(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    try:
+        return Best(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path} is damaged: copy it again, or choose another out.") from error
 
 
 def _is_out_of_patience(history: Sequence[Mapping[str, Any]], best: Best | None, patience: int | None) -> bool:
@@ -280,4 +302,14 @@ def _text(path: Path) -> str:
     return path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
 
 
-__all__ = ["BEST", "CURVE", "FINAL", "BestCallback", "FinalFolder", "find_metric", "is_evaluated", "is_stopped_early"]
+__all__ = [
+    "BEST",
+    "CURVE",
+    "FINAL",
+    "BestCallback",
+    "FinalFolder",
+    "check_best",
+    "find_metric",
+    "is_evaluated",
+    "is_stopped_early",
+]

@@ -2,6 +2,7 @@
 teacher."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
@@ -153,6 +154,30 @@ def test_a_best_that_is_never_defined_is_said(
     assert run({**places, "data": str(data)}, tmp_path / "out", *options) == 0
     said = "mIoU was undefined in every evaluation, so the weights are those of the last step."
     assert said in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_without_its_best_weights(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the last step would replace them in `final`."""
+    out = tmp_path / "out"
+    options = ["--steps", "2", "--evaluate-every", "1", "--best", "mIoU"]
+    assert run(places, out, *options) == 0
+    final = (out / "final" / "model.safetensors").read_bytes()
+    best = out / "best"
+    for name, expected in (
+        ("model.safetensors", f"{best / 'model.safetensors'} is damaged: copy it again."),
+        ("best.json", f"{best / 'best.json'} is damaged: copy it again, or choose another out."),
+        ("", f"{best} is missing, with the weights of the best evaluation so far: copy it back"),
+    ):
+        if name:
+            (best / name).write_bytes(b"damaged")
+        else:
+            shutil.rmtree(best)
+        capsys.readouterr()
+        assert run(places, out, *options) == 2
+        assert expected in capsys.readouterr().err
+        assert (out / "final" / "model.safetensors").read_bytes() == final
 
 
 WRONG = [
