@@ -214,8 +214,7 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     others = {path.name for path in out.iterdir()} - {PARTIAL} if out.is_dir() else set()  # a killed run leaves PARTIAL
     if others and RESULTS_FILE not in others:
         raise SettingsError(f"{out} is not empty and contains no {RESULTS_FILE}: choose another out.")
-    # A single annotation file has no splits.
-    whole = "all" if settings.annotations and len(settings.annotations) == 1 else None
+    whole = "all" if settings.annotations and len(settings.annotations) == 1 else None  # a single file has no splits
     data = open_data(str(settings.format), settings.source((None, settings.split or whole)), "validation")
     windows = _windows(settings)
     subtasks = choose_subtasks(data.description, settings.subtasks)
@@ -227,6 +226,8 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     if "panoptic" in subtasks:
         notes += _other_stuff(name, model.config, data.description)
     own_size = dict(processor.size)
+    if settings.image_size is not None and not processor.do_resize:
+        raise SettingsError(f"The image processor of {name} does not resize (do_resize): leave --image-size out.")
     if settings.image_size not in (None, own_size.get("shortest_edge")):
         size = {"shortest_edge": settings.image_size, "longest_edge": 4 * int(settings.image_size or 0)}
         processor = type(processor).from_dict(processor.to_dict(), size=size)
@@ -241,8 +242,7 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
         skipped += [one.error for one in bad]
     counts = count_classes(data.items, data.description, skip_bad=settings.skip_bad)
     notes += evaluation_notes(counts)
-    too_many = query_note(counts, model.config.num_queries)
-    notes += [too_many] if too_many else []
+    notes += filter(None, [query_note(counts, model.config.num_queries)])
     truth = data.cityscapes_truth
     if truth is not None and "semantic" in subtasks:
         require_packages(("cityscapesscripts",), "evaluate")

@@ -443,6 +443,16 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert not out.exists() and before == {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
 
 
+def test_an_image_size_for_a_model_that_does_not_resize_is_refused(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise it would be recorded, and have no effect."""
+    copied = shutil.copytree(model, tmp_path / "model")
+    FaiM2FImageProcessor.from_pretrained(copied, do_resize=False).save_pretrained(copied)
+    assert main(command(trees, copied, tmp_path / "out", "folder", "--image-size", "48")) == 2
+    assert f"processor of {copied} does not resize (do_resize): leave --image-size out" in capsys.readouterr().err
+
+
 def test_an_image_that_is_too_narrow_is_named(
     trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
