@@ -262,13 +262,15 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         Raises:
             ValueError: the inputs are inconsistent; the message says how.
         """
+        if not isinstance(pixel_values, Tensor):
+            kind = type(pixel_values).__name__
+            raise ValueError(f"pixel_values is a {kind}, not a tensor: give the image processor return_tensors='pt'.")
         config, shape = self.config, tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != config.num_channels:
             raise ValueError(f"pixel_values must be of shape (B, {config.num_channels}, H, W), got {shape}.")
-        given = [labels is not None for labels in (mask_labels, class_labels)]
-        if any(given) and getattr(self, "_is_replica", False):
+        if (mask_labels is not None or class_labels is not None) and getattr(self, "_is_replica", False):
             raise ValueError("DataParallel splits each image's masks, not the list of images: run one process per GPU.")
-        if any(given) and not all(given):
+        if (mask_labels is None) != (class_labels is None):
             raise ValueError("mask_labels and class_labels go together: give both to get a loss, or neither.")
         asked = {
             "output_hidden_states": output_hidden_states,
@@ -278,11 +280,9 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         options = {name: bool(getattr(config, name) if value is None else value) for name, value in asked.items()}
         sizes: list[tuple[int, int]] = []
         if pixel_mask is not None:
-            if pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):
-                raise ValueError(
-                    f"pixel_mask must be of shape {(len(pixel_values), *pixel_values.shape[2:])} (B, H, W) like "
-                    f"pixel_values, got {tuple(pixel_mask.shape)}."
-                )
+            wanted = (shape[0], *shape[2:])
+            if pixel_mask.shape != wanted:
+                raise ValueError(f"pixel_mask must be of shape {wanted} (B, H, W), got {tuple(pixel_mask.shape)}.")
             pixel_mask = pixel_mask.to(pixel_values.device)
             if not (self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()):
                 sizes = image_sizes(pixel_mask)

@@ -130,6 +130,10 @@ class SegmentTargets:
                 f"mask_labels and class_labels must have one entry per image: {batch_size} images, "
                 f"{len(mask_labels)} mask_labels, {len(class_labels)} class_labels."
             )
+        for name, given in (("mask_labels", mask_labels), ("class_labels", class_labels)):
+            for index, item in enumerate(given):
+                if not isinstance(item, Tensor):
+                    raise ValueError(f"{name}[{index}] is a {type(item).__name__}, not a tensor: pass torch tensors.")
         self.device = device
         self.classes = [labels.to(self.device, torch.long) for labels in class_labels]
         self.counts = [len(labels) for labels in class_labels]

@@ -431,6 +431,14 @@ def test_processes_divide_by_the_mean_number_of_their_masks(
     [
         (lambda masks, classes: (masks[:1], classes), "one entry per image: 2 images, 1 mask_labels"),
         (lambda masks, classes: ([masks[0].float().argmax(0).float(), masks[1]], classes), r"mask_labels\[0\] must be"),
+        (
+            lambda masks, classes: ([masks[0], masks[1].numpy()], classes),
+            r"mask_labels\[1\] is a ndarray, not a tensor",
+        ),
+        (
+            lambda masks, classes: (masks, [classes[0].tolist(), classes[1]]),
+            r"class_labels\[0\] is a list, not a tensor",
+        ),
         (lambda masks, classes: (masks, [classes[0], classes[1][:, None]]), r"class_labels\[1\] must be of shape"),
         (lambda masks, classes: (masks, [classes[0], classes[1] + 9]), r"class_labels\[1\] has ids outside of 0..4"),
         (

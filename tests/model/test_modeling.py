@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -505,6 +506,8 @@ def test_an_adapter_of_peft_restores_the_trained_model(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         ({"pixel_values": torch.zeros(3, 64, 64)}, r"pixel_values must be of shape \(B, 3, H, W\), got \(3, 64, 64\)"),
+        ({"pixel_values": [np.zeros((3, 64, 64))]}, r"pixel_values is a list, not a tensor: .* return_tensors='pt'"),
+        ({"pixel_values": np.zeros((1, 3, 64, 64))}, "pixel_values is a ndarray, not a tensor"),
         ({"pixel_values": torch.zeros(1, 4, 64, 64)}, r"\(B, 3, H, W\), got \(1, 4, 64, 64\)"),
         ({"pixel_values": torch.zeros(1, 3, 64, 64), "mask_labels": []}, "go together"),
         (
@@ -519,6 +522,6 @@ def test_an_adapter_of_peft_restores_the_trained_model(tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_inputs_that_do_not_fit_are_named(arguments: dict[str, torch.Tensor], sentence: str) -> None:
+def test_inputs_that_do_not_fit_are_named(arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         small_model()(**arguments)
