@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+from transformers.image_processing_utils import BatchFeature
 from transformers.utils import logging
 
 from .focoos_post_processing_faim2f import post_process_detections, post_process_queries
@@ -49,15 +50,17 @@ class SegmentationPostProcessing:
             return_segmentation_scores: also return the scores of all classes.
 
         Returns:
-            For each image a tensor (height, width) of class ids, or an object with this tensor and the scores.
+            For each image a tensor (height, width) of class ids, or this tensor and the scores (C, height, width), as
+            the attributes and items `segmentation` and `segmentation_scores`.
         """
-        return post_process_semantic_segmentation(
+        results: list[Any] = post_process_semantic_segmentation(
             *_logits(outputs),
             target_sizes,
             cls_sigmoid=self.cls_sigmoid,
             intermediate_size=self._intermediate_size(),
             return_segmentation_scores=return_segmentation_scores,
         )
+        return [BatchFeature(vars(result)) for result in results] if return_segmentation_scores else results
 
     def post_process_instance_segmentation(
         self,

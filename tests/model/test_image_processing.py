@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -1098,7 +1099,7 @@ def same(got, expected) -> bool:
     if isinstance(expected, (list, tuple)):
         return len(got) == len(expected) and all(same(a, b) for a, b in zip(got, expected, strict=True))
     if hasattr(expected, "__dict__"):
-        return same(vars(got), vars(expected))
+        return same(dict(got) if isinstance(got, Mapping) else vars(got), vars(expected))
     return got == expected
 
 
@@ -1181,6 +1182,15 @@ def test_semantic_segmentation_is_mask2formers():
     expected = Mask2FormerImageProcessorPil().post_process_semantic_segmentation(outputs, target_sizes=sizes)
     got = FaiM2FImageProcessor().post_process_semantic_segmentation(outputs, target_sizes=sizes)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_scores_are_attributes_and_items_as_in_transformers():
+    found = FaiM2FImageProcessor().post_process_semantic_segmentation(model_output(), None, True)
+    assert len(found) == 2
+    for result in found:
+        assert set(result) == {"segmentation", "segmentation_scores"}
+        assert result["segmentation"] is result.segmentation and result.segmentation.shape == (384, 384)
+        assert torch.equal(result["segmentation_scores"].argmax(0), result.segmentation)
 
 
 def test_panoptic_fuses_the_processors_labels_unless_told():
