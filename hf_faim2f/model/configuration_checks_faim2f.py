@@ -206,7 +206,7 @@ def require(config: PretrainedConfig, condition: bool, name: str, what: str) -> 
         raise ValueError(f"{type(config).__name__}: `{name}` must be {what}, got {getattr(config, name)!r}.")
 
 
-def is_int(value: Any, least: int) -> bool:
+def is_int(value: Any, least: float = -math.inf) -> bool:
     """Whether a value is an integer, not a boolean, of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, RTDetrResNetConfig
+from transformers.activations import ACT2FN
 
 from .backbone_resnet import FaiM2FResNetConfig
 from .backbone_stdc import STDCConfig
@@ -429,6 +430,8 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
             require(self, is_int(getattr(self, name), 1), name, "a positive integer")
         require(self, is_int(self.encoder_layers, 0), "encoder_layers", "0 or a positive integer")
         require(self, is_int(self.backbone_freeze_at, -1), "backbone_freeze_at", "-1 (nothing frozen) or more")
+        require(self, is_int(self.ignore_value), "ignore_value", "an integer, such as 255")
+        require(self, self.activation_function in list(ACT2FN), "activation_function", f"one of {', '.join(ACT2FN)}")
         for name in ("threshold", "mask_threshold", "encoder_dropout", "dropout", "importance_sample_ratio"):
             require(self, is_number(getattr(self, name), 0, 1), name, "between 0 and 1")
         not_negative = "class_weight mask_weight dice_weight class_cost mask_cost dice_cost no_object_weight init_std"

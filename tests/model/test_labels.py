@@ -319,6 +319,20 @@ def test_text_is_no_truth_value_of_a_configuration(name: str) -> None:
         FaiM2FConfig(**{name: "false"})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("ignore_value", "255", "an integer, such as 255, got '255'"),
+        ("ignore_value", None, "an integer, such as 255, got None"),
+        ("activation_function", "rellu", "one of .*gelu.* got 'rellu'"),
+        ("activation_function", ["relu"], "one of"),
+    ],
+)
+def test_values_that_a_model_cannot_use_are_named(name: str, value: Any, what: str) -> None:
+    with pytest.raises(ValueError, match=f"FaiM2FConfig: `{name}` must be {what}"):
+        FaiM2FConfig(**{name: value})
+
+
 @pytest.mark.parametrize("ids", [np.uint8, np.int32])
 def test_an_ignore_index_beyond_a_byte_drops_no_other_class(ids: Any) -> None:
     """In a uint8 tensor, torch treats -1 as 255, and 300 as 44."""
