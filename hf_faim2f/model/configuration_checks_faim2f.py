@@ -331,14 +331,14 @@ def reset_what_labels_meant(config: Any, before: Mapping[int, str]) -> None:
         before: the old `id2label`.
     """
     values = config.__dict__
+    if values.get("label_weights"):
+        values["label_weights"] = None  # not by the attribute, which would check both against the new labels
     if values.get("label_ids_to_fuse"):
         logger.warning_once(
             f"The labels changed, so label_ids_to_fuse {config.label_ids_to_fuse}, of the old ones, is emptied: set it "
             "again if some of the new classes are stuff."
         )
         config.label_ids_to_fuse = []
-    if values.get("label_weights"):
-        config.label_weights = None
     ignored = values.get("ignore_value")
     # The default yields to a class of its value anyway.
     if is_int(ignored, len(before)) and ignored < len(config.id2label) and ignored != IGNORED:

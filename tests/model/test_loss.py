@@ -239,6 +239,10 @@ def test_new_labels_have_no_class_weights() -> None:
     assert FaiM2FConfig.from_dict(config.to_dict()).label_weights == [1.0, 2.0, 3.0]
     assert FaiM2FConfig.from_dict(config.to_dict(), num_labels=2).label_weights is None
     assert FaiM2FConfig.from_dict(config.to_dict(), num_labels=2, label_weights=[4, 5]).label_weights == [4.0, 5.0]
+    both = FaiM2FConfig(num_labels=3, label_weights=[1, 2, 3], label_ids_to_fuse=[2])
+    for changed in (FaiM2FConfig.from_dict(both.to_dict(), num_labels=2), FaiM2FConfig.from_dict(both.to_dict())):
+        changed.num_labels = 2
+        assert changed.label_weights is None and changed.label_ids_to_fuse == []
     config.id2label = {0: "a", 1: "b"}
     assert config.label_weights is None and "label_weights" not in FaiM2FConfig(num_labels=2).to_diff_dict()
 
