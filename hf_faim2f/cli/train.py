@@ -127,6 +127,8 @@ def run(prepared: TrainRun, program: str) -> int:
             say(f"Each class with the weights of step {step}, in percent (also in {out / TABLE_FILE}):")
             for line in per_class_lines(results):
                 say(line)
+            if _about(prepared).is_on_training:
+                say(f"The card omits them, because {prepared.evaluation.split} has images of the training.")
             if (out / CONFUSION_PICTURE).is_file():
                 say(f"{out / CONFUSION_PICTURE} is the confusion matrix.")
         if trainer.best is not None:

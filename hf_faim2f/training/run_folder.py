@@ -24,7 +24,7 @@ from ..errors import ModelError
 from ..evaluation.report import folded_table, scalars
 from ..files import YamlLoader, write_whole
 from ..hub.card import Training, model_card, title_of, without_results
-from ..hub.results import Measured
+from ..hub.results import Measured, is_for_training
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..zoo import label_difference
@@ -105,6 +105,11 @@ class TrainedOn:
     teacher: str | None = None
     teacher_weight: float = 1.0
     unlabelled: int = 0
+
+    @property
+    def is_on_training(self) -> bool:
+        """Whether the evaluation is on images of the training, so that the card omits the metrics."""
+        return self.evaluation_split == self.split or is_for_training(self.evaluation_split)
 
 
 def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
@@ -350,7 +355,7 @@ def card_of(
     """
     before = before if keep_results else without_results(before)
     measured, tables = [], {}
-    if results and about is not None and about.is_whole:
+    if results and about is not None and about.is_whole and not about.is_on_training:
         measured = Measured(
             about.dataset_type, about.data, about.evaluation_split, about.evaluation_images, about.left_out,
             scalars(results, undefined=True),

@@ -120,6 +120,16 @@ def test_final_is_there_before_the_evaluation_that_fails(
     assert any("eval_semantic_mIoU" in entry for entry in log) and any("loss" in entry for entry in log)
 
 
+def test_results_on_images_of_the_training_are_not_in_the_card(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(places, tmp_path / "out", "--steps", "1", "--eval-split", "train")) == 0
+    assert "The card omits them, because train has images of the training." in capsys.readouterr().out
+    assert ModelCard((tmp_path / "out" / "final" / "README.md").read_text()).data.eval_results is None
+    results = json.loads((tmp_path / "out" / "log.json").read_text())["results"]
+    assert results["semantic"]["mIoU"] >= 0
+
+
 def test_a_broken_image_in_the_evaluation_leaves_final(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
