@@ -50,7 +50,7 @@ def _run(name: str, rest: Sequence[str], program: str) -> int:
               file=sys.stderr)  # fmt: skip
         return MISTAKE
     silence_libraries()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says; `evaluate` may be distributed
+    processes = int(os.environ.get("WORLD_SIZE") or 1) if name == "evaluate" else 1  # others ignore torchrun
     with own_weights_url(), sigterm_interrupts(processes) if name in STOPPED else nullcontext():
         status: int = run(rest, program=program)
     if status == 0 and "torch.distributed" in sys.modules:

@@ -184,22 +184,24 @@ def _evaluation(
     title, split = measured.dataset_name, measured.split
     if includes_training(card, title, split, may_be_file=str(data["format"]).startswith("coco")):
         raise FolderError(
-            f"{path} is an evaluation on {title} ({split}), which may have images of the training: evaluate on another "
-            "split, such as val, as a card states results on other images."
+            f"{path} is an evaluation on {title} ({split}), which may have images of the training: evaluate on images "
+            "that the model was not trained on, as a card states results on those only."
         )
     if evaluated != labels:
         raise FolderError(
             f"{path} is the evaluation of {document.get('model')}, whose labels differ from this model's: name the "
             "evaluation of this model."
         )
-    if document.get("weights") not in (None, weights_digest(model)):
+    measured_on, own = document.get("weights"), weights_digest(model)
+    if None not in (measured_on, own) and measured_on != own:
         raise FolderError(
             f"{path} is the evaluation of other weights than those in {model}, perhaps from before another training: "
             "evaluate the model again."
         )
     named = Path(str(document.get("model")))
     if named.is_dir() and not named.samefile(model):
-        say(f"{path} is the evaluation of {named}, not of {model}: its results are added, as the labels are the same.")
+        what = "labels" if own is None or measured_on is None else "weights"
+        say(f"{path} is the evaluation of {named}, not of {model}: its results are added, as the {what} are the same.")
     return measured.results(), table
 
 

@@ -329,8 +329,8 @@ def _card(settings: EvaluateSettings, folder: Path, data: OpenData, other: str |
             if text:
                 merge_results(text, folder.name, [])
             if includes_training(text, title, data.split, may_be_file=bool(settings.annotations)):
-                notes.append(f"{title} ({data.split}) may have images of the training: the card is left alone. For "
-                             "results that it may state, evaluate on another split, such as val.")  # fmt: skip
+                notes.append(f"{title} ({data.split}) may have images of the training: the card is left alone. To add "
+                             "results to it, evaluate on images that the model was not trained on.")  # fmt: skip
                 return None
         except ValueError as error:
             raise FolderError(f"{path} cannot be updated, {error}: fix it, or pass --no-card.") from error
@@ -393,6 +393,8 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     Raises:
         OSError: they cannot be written.
     """
+    for line in metric_lines(scalars(results)):  # first, so that a full disk does not lose them
+        say(line)
     settings, data, out = prepared.settings, prepared.data, prepared.out
     format_name = str(settings.format)
     title = _title(settings, data)
@@ -414,8 +416,6 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
-    for line in metric_lines(scalars(results)):  # first, so that a full disk does not lose them
-        say(line)
     heading = f"{Path(str(settings.model)).name} on {title} ({data.split})"
     out.mkdir(parents=True, exist_ok=True)
     for name in (CONFUSION_PICTURE, CONFUSION_TABLE):  # of an earlier evaluation, perhaps of other subtasks

@@ -128,7 +128,7 @@ def run(prepared: TrainRun, program: str) -> int:
             for line in per_class_lines(results):
                 say(line)
             if _about(prepared).is_on_training:
-                say(f"The card omits them, because {prepared.evaluation.split} has images of the training.")
+                say(f"The card omits them, as {prepared.evaluation.split} may have images of the training.")
             if (out / CONFUSION_PICTURE).is_file():
                 say(f"{out / CONFUSION_PICTURE} is the confusion matrix.")
         if trainer.best is not None:
@@ -209,9 +209,6 @@ def _announce(prepared: TrainRun) -> None:
         *prepared.notes,
     ]:
         say(note)
-    if len(prepared.items) < recipe.batch_size:
-        say(f"There are no more than {number_of(len(prepared.items), 'image')} for each step, although the learning "
-            f"rate is meant for {recipe.batch_size}.")  # fmt: skip
     say(
         f"Recipe {recipe.name}: {number_of(recipe.steps, 'step')} of {number_of(recipe.batch_size, 'image')} "
         f"({process_count()} x {at_once}"
@@ -219,6 +216,9 @@ def _announce(prepared: TrainRun) -> None:
         + f"), {settings.precision} on {'CUDA' if torch.cuda.is_available() else 'the CPU'}"
         + (f", after {recipe.backbone_steps} of the backbone alone." if recipe.backbone_steps else ".")
     )
+    if len(prepared.items) < recipe.batch_size:
+        say(f"But each step has at most {number_of(len(prepared.items), 'image')}, as there are no more; the learning "
+            f"rate is for {recipe.batch_size}.")  # fmt: skip
     if prepared.checkpoint is not None:
         step = checkpoint_step(prepared.checkpoint)
         progress = f"it continues after step {step}" if step < recipe.steps else f"all {recipe.steps} steps are done"

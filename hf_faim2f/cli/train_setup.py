@@ -246,7 +246,7 @@ def prepare(settings: TrainSettings) -> TrainRun:
     notes += [*precision_note, *_weigh_classes(settings, start, train_data, counts["train"], checkpoint)]
     labels = train_data.description.labels
     notes += filter(None, (channel_note(recipe.augmentations, channels), _flip_note(recipe, labels)))
-    notes += filter(None, [_scale_note(recipe, start)])
+    notes += filter(None, [_scale_note(recipe, start) if checkpoint is None else None])
     if settings.per_device_batch_size == AUTO:
         images, note = _fitting_images(settings, recipe, train_data, start, counts["train"], checkpoint)
         settings = replace(settings, per_device_batch_size=images)
@@ -323,7 +323,8 @@ def _scale_note(recipe: Recipe, start: Start) -> str | None:
     """A sentence if the recipe never trains at the size at which the model is evaluated, or None."""
     edges = [edge for step in recipe.augmentations if isinstance(step, ResizeShortestEdge) for edge in step.edges]
     size = start.processor.to_dict()["size"].get("shortest_edge")
-    if not edges or size is None or min(edges) <= size <= max(edges):
+    resizes = start.processor.do_resize  # type: ignore[attr-defined]
+    if not edges or size is None or not resizes or min(edges) <= size <= max(edges):
         return None
     return (
         f"The recipe resizes images to a shorter edge of {min(edges)} to {max(edges)} pixels, but the image processor "

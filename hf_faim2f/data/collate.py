@@ -32,8 +32,9 @@ from .item import (
 )
 
 logger = logging.get_logger(__name__)
-# Folders with maps in the layouts of all formats.
+# Folders with maps in the layouts of all formats; Roboflow's maps are beside the images, and this file with them.
 MAP_FOLDERS = frozenset({"annotations", "masks", "SegmentationClass", "SegmentationObject", "gtFine"})
+ENDS_OF_MAP_FOLDERS, ROBOFLOW = ("annot", "_labels", "_masks"), "_classes.csv"
 
 
 @dataclass
@@ -236,8 +237,12 @@ class UnlabelledImages(Sequence[Item]):
 
     def __init__(self, folder: str | Path, skip_bad: bool = False, num_channels: int = RGB) -> None:
         found = list_images(Path(folder))
-        if maps := {part for path in found for part in path.relative_to(folder).parts[:-1]} & MAP_FOLDERS:
-            raise DatasetError(f"{folder} has the folder {min(maps)} with maps of labels: name one of images alone.")
+        for place in sorted({path.parent for path in found}):
+            names = {Path(folder).resolve().name, *place.relative_to(folder).parts}
+            if names & MAP_FOLDERS or any(name.endswith(ENDS_OF_MAP_FOLDERS) for name in names):
+                raise DatasetError(f"{place} has maps of labels: name a folder that has only images.")
+            if (place / ROBOFLOW).is_file():
+                raise DatasetError(f"{place} has maps of labels ({ROBOFLOW}): name a folder that has only images.")
         problems = Problems(skip_bad)
         with ThreadPoolExecutor(HEADER_THREADS) as pool:
             errors = list(pool.map(_error_of, found))

@@ -282,7 +282,7 @@ def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
     if row.needs_root and not source.root and not (row.name == "coco" and source.annotations):
         raise DatasetError(f"The format {row.name} needs a data source: name {row.summary}.")
     if not row.needs_root and (source.root or source.annotations):
-        raise DatasetError(f"The format {row.name} makes its own data: leave the data out, or name its own format.")
+        raise DatasetError(f"The format {row.name} makes its own data: leave --data out, or pass the format of it.")
     is_file = row.name in ("yolo", "coco") and Path(source.root).is_file()
     if row.needs_root and row.name != "hub" and source.root and not is_file and not Path(source.root).is_dir():
         raise DatasetError(f"There is no folder {source.root}; data of the format {row.name} is {row.summary}.")

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult
 from ..family import ALIASES, DATASETS, FAMILY, Preset
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..version import __version__
-from .results import FOCOOS, METRIC_TYPES, TASK_NAME, WHOLE, is_for_training
+from .results import FOCOOS, METRIC_TYPES, TASK_NAME, WHOLE, is_for_training, is_on_training
 from .sections import TASK, parse_card, plain
 
 FOCOOS_URL = "https://github.com/FocoosAI/focoos"
@@ -160,8 +160,10 @@ def read_training(metadata: Mapping[str, Any]) -> Training | None:
 
 
 def includes_training(card: str, data: str, split: str, may_be_file: bool = False) -> bool:
-    """Whether an evaluation is, or may be, on images of the model's training: on a split for training, or on the whole
-    of the data that the card records.
+    """Whether an evaluation is, or may be, on images of the model's training.
+
+    It is on the same split or on the whole of the data that the card records, and may be on a split for training. If
+    the card records other data, it is not.
 
     Args:
         card: the model's card, which records the training.
@@ -173,10 +175,11 @@ def includes_training(card: str, data: str, split: str, may_be_file: bool = Fals
         ValueError: the card's metadata is invalid.
     """
     training = read_training(parse_card(card)[0])
-    is_same = training is not None and training.data == data
-    if split == WHOLE:
-        return is_same and not may_be_file
-    return is_for_training(split) or (training is not None and is_same and training.split in (WHOLE, split))
+    if split == WHOLE and (may_be_file or training is None or training.data is None):
+        return False
+    if training is None or training.data is None:
+        return is_for_training(split)
+    return training.data == data and is_on_training(split, training.split)
 
 
 def family_member(name: str, config: FaiM2FConfig, provenance: Provenance | None) -> Preset | None:

@@ -79,7 +79,19 @@ def weights_digest(folder: Path) -> str | None:
 
 def is_for_training(split: str | None) -> bool:
     """Whether a split's name says that its images are for training, such as "train", "train2017" or "trainval"."""
-    return re.search("(?<![a-z])train", str(split).lower()) is not None
+    # A slice such as "train[90%:]" may be held out from the training.
+    return "[" not in str(split) and re.search("(?<![a-z])train", str(split).lower()) is not None
+
+
+def is_on_training(split: str, trained: str | None) -> bool:
+    """Whether a split of the data of the training has images of the training.
+
+    Args:
+        split: the evaluated split; "all" if the data was not divided.
+        trained: the split of the training; None if unknown.
+    """
+    whole = WHOLE in (split, trained) or split.partition("[")[0] == trained
+    return whole or split == trained or is_for_training(split)
 
 
 def other_settings(
@@ -135,6 +147,9 @@ def merged_results(before: Sequence[EvalResult], new: Sequence[EvalResult]) -> l
 
     replaced = {identity(result) for result in new}
     kept = [result for result in before if identity(result) not in replaced]
+    for result in kept:  # of an older version of this package, for all results on the dataset
+        if isinstance(result.dataset_args, dict) and set(result.dataset_args) == {"images", "left_out"}:
+            result.metric_args, result.dataset_args = result.dataset_args, None
     return [*kept, *(one for one in new if not (isinstance(one.metric_value, float) and math.isnan(one.metric_value)))]
 
 
@@ -208,7 +223,7 @@ def results_text(results: Sequence[EvalResult], tables: Mapping[str, str]) -> st
     parts = []
     for (dataset, split, source, left_out), group in groups.items():
         who = f", {source}" if source else ""
-        who += f", without {left_out} images or annotations that could not be used" if left_out else ""
+        who += f", unusable images or annotations left out: {left_out}" if left_out else ""
         part = f"{split}: images for training" if is_for_training(split) else split
         part = f"{WHOLE}: every image, perhaps also those of the training" if split == WHOLE else part
         lines = [f"On {dataset}{f' ({part})' if part else ''}{who}, in percent:", ""]
@@ -333,6 +348,7 @@ __all__ = [
     "Metric",
     "folded_tables",
     "is_for_training",
+    "is_on_training",
     "known_metric",
     "merge_results",
     "merge_tables",

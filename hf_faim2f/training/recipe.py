@@ -34,9 +34,10 @@ from ..files import read_text
 logger = logging.get_logger(__name__)
 
 AVERAGE_FILE = "average.safetensors"
-# Training arguments from which transformers would create a schedule and an optimizer.
+# Training arguments from which transformers would create a schedule, and an optimizer.
 OF_SCHEDULE = ("lr_scheduler_type", "warmup_steps", "warmup_ratio")
 OF_OPTIMIZER = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
+ADAMW = ("adamw_torch", "adamw_torch_fused")  # the recipe's optimizer by its names in transformers
 # Modules without weight decay, as in Mask2Former's training script. Neither biases nor embeddings of positions, such
 # as Swin's `relative_position_bias_table`, are decayed.
 UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.Embedding)
@@ -270,9 +271,13 @@ def follow_recipe(arguments: TrainingArguments, recipe: Recipe, unused: Sequence
         arguments.max_steps = recipe.steps
     own = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.clip}
     told = [name for name, value in own.items() if getattr(arguments, name) not in (usual[name], value)]
-    others = (*OF_SCHEDULE, *OF_OPTIMIZER)
-    told += [name for name in others if getattr(arguments, name, None) not in (usual.get(name), None, 0)]
-    told += ["num_train_epochs"] if has_epochs else []
+    told += [name for name in OF_SCHEDULE if getattr(arguments, name, None) not in (usual.get(name), None, 0)]
+    ignored = [name for name in OF_OPTIMIZER if getattr(arguments, name) not in (usual[name], *ADAMW)]
+    if ignored := [*ignored, *(["num_train_epochs"] if has_epochs else [])]:
+        logger.warning(
+            f"FaiM2FTrainer ignores {', '.join(ignored)}: it uses AdamW with its usual betas, for the steps of the "
+            f"recipe {recipe.name}."
+        )
     if told:
         logger.warning(
             f"FaiM2FTrainer takes {', '.join(told)} from the recipe {recipe.name}, and not from its args: change the "

@@ -310,7 +310,7 @@ def native_precision() -> Choice:
 
 def process_count() -> int:
     """The number of processes that `accelerate launch` or `torchrun` started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def lone_process() -> str | None:

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.augmentation import to_config
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..evaluation.report import folded_table, scalars
 from ..files import YamlLoader, write_whole
 from ..hub.card import Training, model_card, title_of, without_results
-from ..hub.results import Measured, is_for_training
+from ..hub.results import Measured, is_on_training
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..zoo import label_difference
@@ -109,7 +109,7 @@ class TrainedOn:
     @property
     def is_on_training(self) -> bool:
         """Whether the evaluation is on images of the training, so that the card omits the metrics."""
-        return self.evaluation_split == self.split or is_for_training(self.evaluation_split)
+        return is_on_training(self.evaluation_split, self.split)
 
 
 def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
@@ -232,16 +232,18 @@ def reading(checkpoint: Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, SafetensorError, UnpicklingError) as error:
-        if checkpoint is None or (isinstance(error, RuntimeError) and not _is_of_archive(error)):
+    except (RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
+        if checkpoint is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        if isinstance(error, (RuntimeError, EOFError)) and not _is_of_archive(error):
             raise
         raise ModelError(
-            f"{checkpoint} is damaged: remove it, so that the same command continues from the checkpoint before it, if "
-            "there is one, or copy it again."
+            f"A file of {checkpoint} cannot be read ({first_line(error)}): copy the checkpoint again, or move it away, "
+            "so that the same command continues from the one before it, if there is one."
         ) from error
 
 
-def _is_of_archive(error: RuntimeError) -> bool:
+def _is_of_archive(error: Exception) -> bool:
     """Whether torch failed to write or to read an archive. It has no error class and no fixed message for that."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_code.co_filename == torch.serialization.__file__ for frame, _ in frames)

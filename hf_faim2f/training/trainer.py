@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.item import Item
-from ..errors import DivergenceError
+from ..errors import DivergenceError, SettingsError
 from ..evaluation.evaluator import Evaluator
 from ..zoo import check_finite, first_not_finite
 from .distillation import Answers, DistillationLoss, Teacher, answer, points_of_step
@@ -188,9 +188,9 @@ class FaiM2FTrainer(Trainer):
         self, *, recipe: Recipe, evaluator: Evaluator | None = None, teacher: Teacher | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        unused = [name for name in UNUSED if kwargs.get(name) is not None]
-        unused += ["eval_strategy without an evaluator"] if self.args.eval_strategy != "no" and not evaluator else []
-        follow_recipe(self.args, recipe, unused)
+        if self.args.eval_strategy != "no" and evaluator is None:
+            raise SettingsError("eval_strategy needs an evaluator: pass one, or leave eval_strategy out.")
+        follow_recipe(self.args, recipe, [name for name in UNUSED if kwargs.get(name) is not None])
         if recipe.mask_points is not None:
             self.model.config.train_num_points = recipe.mask_points
         self._train_batch_size = self.args.train_batch_size  # for one GPU

@@ -427,6 +427,8 @@ def test_sigterm_removes_what_is_unfinished(name: str, tmp_path: Path, monkeypat
         return 0
 
     monkeypatch.setattr(f"hf_faim2f.cli.{name}.main", stopped)
+    # As empty or for the other programs of a job; only `evaluate` is distributed by it.
+    monkeypatch.setenv("WORLD_SIZE", "" if name == "evaluate" else "4")
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # otherwise a failure would end the tests
     try:
         assert main([name]) == 130

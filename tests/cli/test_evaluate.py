@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from hf_faim2f.data.formats import FORMATS, DataSource, open_data
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.hub.card import model_card
 from hf_faim2f.hub.card_facts import Training
-from hf_faim2f.hub.results import Measured, is_for_training, known_metric, merge_results, results_text, update_card
+from hf_faim2f.hub.results import (
+    Measured,
+    is_for_training,
+    is_on_training,
+    known_metric,
+    merge_results,
+    results_text,
+    update_card,
+)
 from hf_faim2f.model.focoos_post_processing_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
@@ -267,7 +276,14 @@ def test_images_that_were_left_out_are_in_the_card_too() -> None:
         }  # fmt: skip
         text = results_text(results, {})
         assert "On A (val), in percent:\n\n| metric | value |\n| --- | ---: |\n| panoptic PQ | 2.0 |" in text
-        assert "On A (val), without 2 images or annotations that could not be used, in percent:" in text
+        assert "On A (val), unusable images or annotations left out: 2, in percent:" in text
+    # Older cards have it for all results on the data, and not for each metric.
+    old = [replace(one, dataset_args=one.metric_args, metric_args=None) for one in part]
+    for new, expected in ((other, {"images": 9, "left_out": 2}), (whole, None)):
+        results = ModelCard(merge_results(merge_results("", "m", old), "m", new)).data.eval_results
+        by_name = {one.metric_name: one for one in results}
+        assert by_name["semantic mIoU"].metric_args == expected
+        assert all(one.dataset_args is None for one in results)
 
 
 def test_broken_images_are_named_or_skipped(
@@ -285,8 +301,7 @@ def test_broken_images_are_named_or_skipped(
     printed = capsys.readouterr().out
     assert "1 image was left out:" in printed and "001.png" in printed
     assert (
-        "On folder (val), without 1 images or annotations that could not be used, in percent:"
-        in (model / "README.md").read_text()
+        "On folder (val), unusable images or annotations left out: 1, in percent:" in (model / "README.md").read_text()
     )
     document = json.loads((out / "evaluation.json").read_text())
     assert document["images"] == 2 and len(document["left_out"]) == 1 and "001.png" in document["left_out"][0]
@@ -344,7 +359,7 @@ def test_results_on_undivided_data_do_not_pass_for_those_of_a_split(
     assert main(words) == 0
     assert "meadows (all) may have images of the training: the card is left alone" in capsys.readouterr().out
     assert main(["card", str(model), "--evaluation", str(out)]) == 2
-    assert "on meadows (all), which may have images of the training: evaluate on another" in capsys.readouterr().err
+    assert "on meadows (all), which may have images of the training: evaluate on images" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert main([*words[:-1], "val"]) == 0
     assert "On meadows (val), in percent:" in path.read_text()
@@ -368,8 +383,17 @@ def test_a_card_states_no_results_on_images_of_the_training(
     assert main(["card", str(model), "--evaluation", str(out)]) == 2
     assert "on folder (val), which may have images of the training" in capsys.readouterr().err
     assert path.read_bytes() == before
+    # Of other data than that of the training, any split is fine.
+    other = replace(training, data="meadows", split="train")
+    path.write_text(model_card("flowerer", FaiM2FConfig.from_pretrained(model), training=other))
+    assert main(command(trees, model, out, "folder", "--split", "train")) == 0
+    assert "On folder (train: images for training), in percent:" in path.read_text()
+    path.write_bytes(before)
     names = ("train2017", "trainval", "fold1_train", "val", "constrained")
     assert [is_for_training(name) for name in names] == [True, True, True, False, False]
+    same = [("all", "train"), ("val", "all"), ("val", "val"), ("train", "val"), ("val[:9%]", "val"), ("trainval", "")]
+    held_out = [("val", "train"), ("train[90%:]", "train[:90%]"), ("test", "trainval"), ("test", None)]
+    assert [is_on_training(*pair) for pair in (*same, *held_out)] == [True] * 6 + [False] * 4
     # Results of older versions say what they are, and are not the known metric of the model.
     update_card(model, Measured("folder", "folder", "train", 3, 0, {"semantic": {"mIoU": 99.0}}).results())
     assert "On folder (train: images for training), in percent:" in path.read_text()

@@ -138,10 +138,10 @@ def test_steps_of_fewer_images_than_the_batch_are_noted(
 ) -> None:
     settings = TrainSettings(**places, format="folder", out="out")
     train._announce(prepare(settings))
-    said = "There are no more than 6 images for each step, although the learning rate is meant for 8."
+    said = "But each step has at most 6 images, as there are no more; the learning rate is for 8."
     assert said in capsys.readouterr().out
     train._announce(prepare(replace(settings, batch_size=6)))
-    assert "for each step" not in capsys.readouterr().out
+    assert "each step has" not in capsys.readouterr().out
 
 
 def test_a_best_that_is_never_defined_is_said(

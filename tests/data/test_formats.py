@@ -140,7 +140,7 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="one image that can be used: there is none left"):
         open_data("folder", DataSource(str(write_folder(tmp_path / "one", 1))), "train")
     for source in (DataSource(str(tmp_path)), DataSource(annotations=("a.json",))):
-        with pytest.raises(DatasetError, match="format digits makes its own data: leave the data out, or name its own"):
+        with pytest.raises(DatasetError, match="format digits makes its own data: leave --data out"):
             open_data("digits", source, "train")
     description = open_data("digits", DataSource(), "train").description
     assert choose_subtasks(description, ["panoptic"]) == ("panoptic",)

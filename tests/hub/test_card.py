@@ -235,6 +235,8 @@ def test_the_card_command_writes_an_evaluation_s_table(
         (tmp_path / "evaluation.json").write_text(json.dumps({**evaluation, "weights": digest}))
         assert main(["card", str(model), "--evaluation", str(tmp_path)]) == status
     assert f"is the evaluation of other weights than those in {model}" in capsys.readouterr().err
+    (model / "model.safetensors").unlink()  # then nothing is known of them
+    assert main(["card", str(model), "--evaluation", str(tmp_path)]) == 0
 
 
 def test_a_file_that_cannot_be_read_does_not_end_a_card(

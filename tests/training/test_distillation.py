@@ -397,8 +397,16 @@ def test_the_teacher_sees_crops_at_the_scale_of_whole_images(
 
 def test_mixed_items_are_half_unlabelled(tmp_path: Path) -> None:
     images = UnlabelledImages(write_folder(tmp_path, 5, seed=50) / "images")
-    with pytest.raises(DatasetError, match="has the folder masks with maps of labels: name one of images alone."):
-        UnlabelledImages(tmp_path)
+    for folder in (tmp_path, tmp_path / "masks"):
+        with pytest.raises(DatasetError, match="masks has maps of labels: name a folder that has only images."):
+            UnlabelledImages(folder)
+    camvid = shutil.copytree(tmp_path / "images", tmp_path / "camvid" / "trainannot")
+    with pytest.raises(DatasetError, match="trainannot has maps of labels"):
+        UnlabelledImages(camvid.parent)
+    roboflow = shutil.copytree(tmp_path / "images", tmp_path / "roboflow")
+    (roboflow / "_classes.csv").touch()
+    with pytest.raises(DatasetError, match=r"roboflow has maps of labels \(_classes.csv\)"):
+        UnlabelledImages(roboflow)
     assert len(images) == 5 and not len(images[0]["classes"]) and (images[0]["segments"] == -1).all()
     mixed = MixedItems(Shapes(2), images)  # type: ignore[arg-type]
     assert [len(mixed[index]["classes"]) > 0 for index in range(len(mixed))] == [True] * 5 + [False] * 5

@@ -28,7 +28,7 @@ from hf_faim2f.runtime.backends import Network, check_numbers
 from hf_faim2f.runtime.predictor import Predictor
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
-from hf_faim2f.training.run_folder import newest_checkpoint
+from hf_faim2f.training.run_folder import newest_checkpoint, reading
 from hf_faim2f.training.trainer import FaiM2FTrainer
 from hf_faim2f.zoo import first_not_finite, open_model
 from tests.support import forks
@@ -382,16 +382,26 @@ def test_a_damaged_checkpoint_is_one_sentence(
         ("average.safetensors", True, "2"),
         ("optimizer.pt", False, "2"),
         ("optimizer.pt", True, "2"),
+        ("optimizer.pt", None, "2"),
     ):
         path = out / "checkpoint-1" / name
         whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2] if is_cut else b"damaged")
+        path.write_bytes(b"" if is_cut is None else whole[: len(whole) // 2] if is_cut else b"damaged")
         capsys.readouterr()
         assert main(command(places, out, "--steps", steps)) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith(f"faim2f train: {out / 'checkpoint-1'} is damaged: remove it, so that"), error
+        assert error.startswith(f"faim2f train: A file of {out / 'checkpoint-1'} cannot be read ("), error
         assert path.is_file() and (out / "final").is_dir()
         path.write_bytes(whole)
+
+
+def test_a_gpu_that_is_too_small_for_a_checkpoint_does_not_damage_it(tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    torch.save({"step": torch.ones(1)}, tmp_path / "optimizer.pt")
+    with pytest.raises(torch.OutOfMemoryError), reading(tmp_path):
+        torch.load(tmp_path / "optimizer.pt", map_location=fail, weights_only=True)
 
 
 @pytest.mark.newest_only

@@ -88,12 +88,13 @@ def test_the_recipe_replaces_the_arguments(tmp_path: Path, monkeypatch: pytest.M
     assert plain.model.config.train_num_points == 32
     assert trainer(tmp_path, {"max_steps": 2, "learning_rate": RECIPE.learning_rate}).args.max_steps == 2
     assert not said
-    own = {"learning_rate": 3e-5, "max_grad_norm": 5.0, "lr_scheduler_type": "cosine", "optim": "sgd"}
+    own = {"learning_rate": 3e-5, "max_grad_norm": 5.0, "lr_scheduler_type": "cosine", "optim": "adamw_torch"}
     assert trainer(tmp_path, own).args.max_grad_norm == 0.01
-    told = "learning_rate, max_grad_norm, lr_scheduler_type, optim"
+    told = "learning_rate, max_grad_norm, lr_scheduler_type"
     assert len(said) == 1 and f"takes {told} from the recipe test" in said[0]
-    assert trainer(tmp_path, {"num_train_epochs": 1}).args.max_steps == RECIPE.steps
-    assert "takes num_train_epochs from the recipe test" in said[1]
+    ignored = {"num_train_epochs": 1, "optim": "sgd", "adam_beta2": 0.5}
+    assert trainer(tmp_path, ignored).args.max_steps == RECIPE.steps
+    assert len(said) == 2 and "ignores optim, adam_beta2, num_train_epochs: it uses AdamW" in said[1]
     trainer(tmp_path, {"num_train_epochs": 1, "max_steps": 2})
     assert len(said) == 2
 
@@ -174,7 +175,7 @@ def test_averaged_weights_are_what_is_saved_and_predicts(tmp_path: Path, monkeyp
     [
         ({"max_steps": 60}, {}, "max_steps is 60, but .* ends after 6 steps: pass dataclasses.replace"),
         ({"label_smoothing_factor": 0.1}, {}, "does not use label_smoothing_factor"),
-        ({"eval_strategy": "epoch"}, {"eval_dataset": Shapes(2)}, "does not use eval_strategy without an evaluator"),
+        ({"eval_strategy": "epoch"}, {"eval_dataset": Shapes(2)}, "eval_strategy needs an evaluator: pass one"),
         ({}, {"compute_metrics": lambda prediction: {}}, "does not use compute_metrics: .* with an evaluator"),
     ],
 )
