@@ -124,13 +124,16 @@ def test_mirrored_classes_are_noted_unless_nothing_is_mirrored(places: dict[str,
     assert not any("mirrors" in note for note in prepare(TrainSettings(**places, format="folder", out="out")).notes)
 
 
-def test_training_at_other_sizes_than_evaluation_is_noted(places: dict[str, str]) -> None:
+def test_training_at_other_sizes_than_evaluation_is_noted(places: dict[str, str], tmp_path: Path) -> None:
     """The model's images have a shorter edge of 64 pixels; the recipe's crops are made for 640."""
     settings = TrainSettings(**places, format="folder", out="out")
     told = "a shorter edge of 320 to 1280 pixels, but the image processor of the model to 64: pass --image-size 64"
     assert any(told in note for note in prepare(settings).notes)
     assert not any("shorter edge" in note for note in prepare(replace(settings, image_size=64)).notes)
     assert not any("shorter edge" in note for note in prepare(replace(settings, recipe="digits")).notes)
+    whole = shutil.copytree(places["model"], tmp_path / "whole")
+    FaiM2FImageProcessor.from_pretrained(whole, do_resize=False).save_pretrained(whole)
+    assert not any("shorter edge" in note for note in prepare(replace(settings, model=str(whole))).notes)
 
 
 def test_steps_of_fewer_images_than_the_batch_are_noted(
