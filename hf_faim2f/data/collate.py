@@ -30,11 +30,12 @@ from .item import (
     pixel_counts,
     segment_areas,
 )
+from .readers import camvid
+from .readers.roboflow_masks import CLASSES_FILE
 
 logger = logging.get_logger(__name__)
-# Folders with maps in the layouts of all formats; Roboflow's maps are beside the images, and this file with them.
+# Folders with maps in the layouts of all formats, except for those of CamVid and Roboflow.
 MAP_FOLDERS = frozenset({"annotations", "masks", "SegmentationClass", "SegmentationObject", "gtFine"})
-ENDS_OF_MAP_FOLDERS, ROBOFLOW = ("annot", "_labels", "_masks"), "_classes.csv"
 
 
 @dataclass
@@ -239,10 +240,10 @@ class UnlabelledImages(Sequence[Item]):
         found = list_images(Path(folder))
         for place in sorted({path.parent for path in found}):
             names = {Path(folder).resolve().name, *place.relative_to(folder).parts}
-            if names & MAP_FOLDERS or any(name.endswith(ENDS_OF_MAP_FOLDERS) for name in names):
+            if names & MAP_FOLDERS or any(name.endswith(tuple(camvid.ENDS)) for name in names):
                 raise DatasetError(f"{place} has maps of labels: name a folder that has only images.")
-            if (place / ROBOFLOW).is_file():
-                raise DatasetError(f"{place} has maps of labels ({ROBOFLOW}): name a folder that has only images.")
+            if (place / CLASSES_FILE).is_file():
+                raise DatasetError(f"{place} has maps of labels ({CLASSES_FILE}): name a folder that has only images.")
         problems = Problems(skip_bad)
         with ThreadPoolExecutor(HEADER_THREADS) as pool:
             errors = list(pool.map(_error_of, found))
