@@ -84,14 +84,19 @@ def is_for_training(split: str | None) -> bool:
 
 
 def is_on_training(split: str, trained: str | None) -> bool:
-    """Whether a split of the data of the training has images of the training.
+    """Whether a split of the data of the training has, or by its name may have, images of the training.
+
+    A slice such as "train[90%:]" has images of its split, but counts as having none of another slice.
 
     Args:
         split: the evaluated split; "all" if the data was not divided.
         trained: the split of the training; None if unknown.
     """
-    whole = WHOLE in (split, trained) or split.partition("[")[0] == trained
-    return whole or split == trained or is_for_training(split)
+    if trained is None or ("[" in split and "[" in trained):
+        is_same = split == trained
+    else:
+        is_same = split.partition("[")[0] == trained.partition("[")[0]
+    return is_same or WHOLE in (split, trained) or is_for_training(split)
 
 
 def other_settings(

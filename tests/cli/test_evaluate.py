@@ -391,9 +391,10 @@ def test_a_card_states_no_results_on_images_of_the_training(
     path.write_bytes(before)
     names = ("train2017", "trainval", "fold1_train", "val", "constrained")
     assert [is_for_training(name) for name in names] == [True, True, True, False, False]
-    same = [("all", "train"), ("val", "all"), ("val", "val"), ("train", "val"), ("val[:9%]", "val"), ("trainval", "")]
+    same = [("all", "train"), ("val", "all"), ("val", "val"), ("train", "val"), ("val[:9%]", "val")]
+    same += [("val", "val[:9%]"), ("trainval", ""), ("train[:9%]", "train[:9%]")]
     held_out = [("val", "train"), ("train[90%:]", "train[:90%]"), ("test", "trainval"), ("test", None)]
-    assert [is_on_training(*pair) for pair in (*same, *held_out)] == [True] * 6 + [False] * 4
+    assert [is_on_training(*pair) for pair in (*same, *held_out)] == [True] * 8 + [False] * 4
     # Results of older versions say what they are, and are not the known metric of the model.
     update_card(model, Measured("folder", "folder", "train", 3, 0, {"semantic": {"mIoU": 99.0}}).results())
     assert "On folder (train: images for training), in percent:" in path.read_text()
