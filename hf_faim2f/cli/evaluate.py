@@ -441,10 +441,10 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
             say("Without matplotlib there is no confusion.png: install hf-faim2f[train].")
     say(f"Written: {', '.join(map(str, written))}.")
     if prepared.card is not None:
-        kind = dataset_type(format_name, title)
-        all_numbers = scalars(results, undefined=True)
-        measured = Measured(kind, title, data.split, len(data.items), len(prepared.skipped), all_numbers)
+        numbers, kind = scalars(results, undefined=True), dataset_type(format_name, title)
+        measured = Measured(kind, title, data.split, len(data.items), len(prepared.skipped), numbers)
         update_card(prepared.card, measured.results(), folded_table(results, title, data.split))
-        say(f"The results are in {prepared.card / CARD}, too.")
+        about_card = "has the results, too" if any(scalars(results).values()) else "gets no result: none is defined"
+        say(f"{prepared.card / CARD} {about_card}.")
     card = None if prepared.card is None else str(prepared.card / CARD)
     return {"out": str(out), "card": card, "notes": prepared.notes, **json.loads(text)}

@@ -381,7 +381,8 @@ def _license_text(data: Any) -> str:
         return f"The weights are under the source model's license. {code}"
     link = f" ({plain(data.license_link)})" if data.license_link else ""
     name = data.license_name if data.license == "other" and data.license_name else data.license
-    return f"The weights are licensed under {plain(name)}{link}. {code}"
+    names = " and ".join(plain(one) for one in (name if isinstance(name, list) else [name]))
+    return f"The weights are licensed under {names}{link}. {code}"
 
 
 __all__ = [

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.augmentation import to_config
-from ..errors import ModelError, first_line
+from ..errors import FaiM2FError, ModelError, first_line
 from ..evaluation.report import folded_table, scalars
 from ..files import YamlLoader, write_whole
 from ..hub.card import Training, model_card, title_of, without_results
@@ -228,12 +228,14 @@ def reading(checkpoint: Path | None) -> Iterator[None]:
     """Context manager for a run that may read a checkpoint.
 
     Raises:
-        ModelError: one of its files is damaged, for example because the run's folder was only partly copied.
+        ModelError: one of its files is damaged or missing, for example because the run's folder was only partly copied.
     """
     try:
         yield
-    except (RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
-        if checkpoint is None or isinstance(error, torch.OutOfMemoryError):
+    except (RuntimeError, SafetensorError, UnpicklingError, EOFError, FileNotFoundError, ValueError) as error:
+        if checkpoint is None or isinstance(error, (torch.OutOfMemoryError, FaiM2FError)):
+            raise
+        if isinstance(error, (FileNotFoundError, ValueError)) and str(checkpoint) not in str(error):
             raise
         if isinstance(error, (RuntimeError, EOFError)) and not _is_of_archive(error):
             raise

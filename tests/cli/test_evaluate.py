@@ -230,8 +230,16 @@ def test_results_are_merged_into_the_card(
     assert "covers only 1 images (--limit)" in capsys.readouterr().err and path.read_bytes() == before
 
 
-def test_a_model_without_card_gets_one(trees: Path, model: Path, tmp_path: Path) -> None:
+def test_a_model_without_card_gets_one(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (model / "README.md").unlink(missing_ok=True)
+    unlabeled = shutil.copytree(trees / "folder", tmp_path / "unlabeled")
+    for path in (unlabeled / "val" / "masks").iterdir():
+        Image.new("L", Image.open(path).size, 255).save(path)
+    assert main(["evaluate", str(model), "--data", str(unlabeled), "--out", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out.strip().endswith("README.md gets no result: none is defined.")
+    assert not ModelCard.load(model / "README.md").data.eval_results
     assert main(command(trees, model, tmp_path / "out")) == 0
     card = ModelCard.load(model / "README.md")
     assert card.data.model_name == "flowerer" and card.data.library_name == "transformers"

@@ -367,6 +367,10 @@ def test_a_license_that_the_card_names_is_that_of_the_weights(source: Provenance
     named = re.sub("license_name: .*\n(license_link: .*\n)?", f"license_name: acme\n{link}\n", card)
     renewed = model_card("tiny", small_config(), before=named)
     assert f"The weights are licensed under acme ({link.split()[1]})." in renewed and terms not in renewed
+    several = model_card(
+        "tiny", small_config(), before=re.sub("license: other\n(license_.*\n)+", "license:\n- mit\n- cc0-1.0\n", card)
+    )
+    assert "The weights are licensed under mit and cc0-1.0." in several
 
 
 def test_only_generated_snippets_are_edited_and_line_endings_stay() -> None:
