@@ -8,6 +8,7 @@ Decoding and the conversion of annotations use `faster_coco_eval`, which is in t
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,32 @@ LONGEST_NUMBER = 7
 # Number of run lengths to compress at once: large enough to amortize the calls for small masks, small enough for the
 # cache.
 COUNTS_TOGETHER = 1 << 14
+
+# The names of folders with label maps, in the layouts of all formats: whole names, and the ends of CamVid's with what
+# the names of the maps have in addition to those of their images. Roboflow's maps are beside the images and this file.
+MAP_FOLDERS = frozenset({"annotations", "masks", "SegmentationClass", "SegmentationObject", "gtFine"})
+CAMVID_ENDS = {"annot": "", "_labels": "_L", "_masks": ""}
+ROBOFLOW_CLASSES = "_classes.csv"
+
+
+def maps_among(folder: Path, images: Iterable[Path]) -> str | None:
+    """Which of the folders of these images, all in `folder`, has label maps, as a sentence; None if none has.
+
+    Its name or its files say so. Label maps can be read like images, but are nearly black.
+    """
+    for place in sorted({path.parent for path in images}):
+        names = {folder.resolve().name, *place.relative_to(folder).parts}
+        if names & MAP_FOLDERS or any(name.endswith(tuple(CAMVID_ENDS)) for name in names):
+            return f"{place} has maps of labels: name a folder that has only images."
+        if (place / ROBOFLOW_CLASSES).is_file():
+            return f"{place} has maps of labels ({ROBOFLOW_CLASSES}): name a folder that has only images."
+    return None
+
+
+def box_of(mask: np.ndarray) -> list[int]:
+    """x_min, y_min, x_max, y_max, inclusive, of a mask (H, W) of 0 and 1; zeros for an empty mask."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return [int(end) for end in (columns[0], rows[0], columns[-1], rows[-1])] if len(rows) else [0] * 4
 
 
 def is_finite(number: Any) -> bool:
@@ -270,11 +297,13 @@ def last_on_top(crops: Sequence[tuple[np.ndarray, Sequence[int]]], size: tuple[i
 
 
 __all__ = [
+    "box_of",
     "decode_run_lengths",
     "encode_column_blocks",
     "encode_run_lengths",
     "is_finite",
     "last_on_top",
     "map_run_lengths",
+    "maps_among",
     "to_run_lengths",
 ]

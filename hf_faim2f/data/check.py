@@ -17,9 +17,10 @@ import pyarrow
 
 from ..errors import DatasetError, MissingPartError, UnusableImageError
 from ..files import files_below, sha256_of
+from ..masks import MAP_FOLDERS
 from ..model.image_bands_faim2f import ARRAY_SUFFIXES
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES
-from .collate import MAP_FOLDERS, UnlabelledImages
+from .collate import UnlabelledImages
 from .counts import check_same_labels, number_of
 from .dataset import frames_of, from_rows, reader_of
 from .formats import DataSource, OpenData, find_format, open_data

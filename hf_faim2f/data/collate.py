@@ -14,6 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers.utils import logging
 
 from ..errors import DatasetError
+from ..masks import maps_among
 from ..model.channels_faim2f import RGB
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
 from ..model.segmentation_labels_faim2f import resize_segmentation_map
@@ -30,12 +31,8 @@ from .item import (
     pixel_counts,
     segment_areas,
 )
-from .readers import camvid
-from .readers.roboflow_masks import CLASSES_FILE
 
 logger = logging.get_logger(__name__)
-# Folders with maps in the layouts of all formats, except for those of CamVid and Roboflow.
-MAP_FOLDERS = frozenset({"annotations", "masks", "SegmentationClass", "SegmentationObject", "gtFine"})
 
 
 @dataclass
@@ -238,12 +235,8 @@ class UnlabelledImages(Sequence[Item]):
 
     def __init__(self, folder: str | Path, skip_bad: bool = False, num_channels: int = RGB) -> None:
         found = list_images(Path(folder))
-        for place in sorted({path.parent for path in found}):
-            names = {Path(folder).resolve().name, *place.relative_to(folder).parts}
-            if names & MAP_FOLDERS or any(name.endswith(tuple(camvid.ENDS)) for name in names):
-                raise DatasetError(f"{place} has maps of labels: name a folder that has only images.")
-            if (place / CLASSES_FILE).is_file():
-                raise DatasetError(f"{place} has maps of labels ({CLASSES_FILE}): name a folder that has only images.")
+        if (reason := maps_among(Path(folder), found)) is not None:
+            raise DatasetError(reason)
         problems = Problems(skip_bad)
         with ThreadPoolExecutor(HEADER_THREADS) as pool:
             errors = list(pool.map(_error_of, found))

@@ -148,7 +148,7 @@ def export_package(
         raise ExportError("A package for cuda is compiled on a machine with that GPU, and torch finds none here.")
     sets = instruction_sets()
     _check_compiler()
-    network, processor = load_for_export(model)
+    network, processor = load_for_export(model, input_name)
     if size is None:
         check_any_size(model, network.config.backbone_config)
     else:

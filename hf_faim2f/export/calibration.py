@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ..files import files_below, warn_of_unread
+from ..masks import maps_among
 from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from .graph import quietly
@@ -61,7 +62,8 @@ def choose_images(
         most_held_out: maximum number of held-out images, at least 1.
 
     Raises:
-        ExportError: there is no such folder, it has no readable image, or the images of a batch differ in size.
+        ExportError: there is no such folder, it has no readable image, or a folder of label maps; or the images of a
+            batch differ in size.
     """
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder; name one with images like those that the model will see.")
@@ -71,6 +73,8 @@ def choose_images(
     found = found or [path for path in files if path.suffix.lower() in ARRAY_SUFFIXES]
     if not found:
         raise ExportError(f"{folder} has no image in it ({', '.join(IMAGE_SUFFIXES)}).")
+    if (reason := maps_among(folder, found)) is not None:
+        raise ExportError(reason)
     # Shuffle, because folders are often sorted by content.
     random.Random(0).shuffle(found)
     sides = [side.dim_value for side in graph_input.type.tensor_type.shape.dim]  # 0 if it is not fixed
@@ -173,6 +177,26 @@ def activation_ranges(network: Any, calibration: Calibration) -> Any:
         return calibrator.compute_data()
 
 
+def open_session(model: Any) -> Any:
+    """Opens a graph, an `onnx.ModelProto`, in onnxruntime, on the CPU.
+
+    Raises:
+        ExportError: onnxruntime cannot.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of onnxruntime's own classes
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot open the graph ({first_line(error)}): export the model "
+            "again here, or install the version of onnxruntime that it was exported with."
+        ) from error
+
+
 class _OneBatch:
     """Calibration data for ONNX Runtime: one batch."""
 
@@ -183,4 +207,4 @@ class _OneBatch:
         return next(self.batches, None)
 
 
-__all__ = ["Calibration", "activation_ranges", "choose_images"]
+__all__ = ["Calibration", "activation_ranges", "choose_images", "open_session"]

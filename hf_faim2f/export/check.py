@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError, first_line
+from ..masks import box_of
 from ..model.focoos_post_processing_faim2f import Detection
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
@@ -301,6 +302,10 @@ def _run(
             f"({' '.join(str(error).split()).rstrip('.')}), and nothing was kept: please report it with the model's "
             "config.json, or name a --size."
         ) from None
+    if graph.outputs == "instances":
+        bounds = [[box_of(mask) for mask in masks] for masks in answers["masks"]]
+        if not np.array_equal(answers["boxes"], bounds):
+            raise ExportError("the exported graph does not agree with the model: its boxes are not of its masks.")
     exact, rounded = networks.run(graph.normalize(tensor) if graph.input_name == "image" else tensor)
     size = (tensor.shape[2], tensor.shape[3])
     theirs = _expected(exact, size, graph, processor)
@@ -416,12 +421,7 @@ def _semantic(
         found.label_map(label_map, image)
 
 
-def _instances(
-    found: Comparison,
-    ours: dict[str, np.ndarray],
-    theirs: list[Detection],
-    size: tuple[int, int],
-) -> None:
+def _instances(found: Comparison, ours: dict[str, np.ndarray], theirs: list[Detection], size: tuple[int, int]) -> None:
     """Compares each instance with the most similar mask among detections of its class and about its score."""
     scores = np.zeros(len(ours["scores"]))
     for k, (class_id, score, mask) in enumerate(zip(ours["class_ids"], ours["scores"], ours["masks"], strict=True)):

@@ -168,7 +168,7 @@ def export_format(
     check_shape(size, batch)
     check_new_folder(out_dir, ExportError)
     module = _module(name)
-    network, processor = load_for_export(model)
+    network, processor = load_for_export(model, input_name)
     if size is None:
         check_any_size(model, network.config.backbone_config)
     else:

@@ -6,7 +6,6 @@ are simplified in the same way, and have the same names, shapes and results.
 
 import importlib.util
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from ..errors import ExportError, first_line
 from ..files import check_new_folder, new_folder
 from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
+from ..model.image_settings_faim2f import takes_fractions
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..model.remote_code_faim2f import AUTO_MAP, copy_remote_code
 from ..version import __version__
-from ..zoo import RUNTIME_FILES, check_finite, load_weights, model_type, open_model
+from ..zoo import RUNTIME_FILES, model_type, open_model, open_settings
 
 OPSETS = range(18, 21)  # supported by both exporters
 SMALLEST_SIDE, LARGEST_SIDE = 32, 8192
@@ -62,7 +62,7 @@ def export_onnx(
     out_dir = Path(out_dir)
     _check_request(out_dir, outputs, input_name, size, batch, precision, opset)
     check_libraries()
-    network, processor = load_for_export(model)
+    network, processor = load_for_export(model, input_name)
     if size is None:
         check_any_size(model, network.config.backbone_config)
     else:
@@ -157,34 +157,36 @@ def check_libraries() -> None:
         )
 
 
-def load_for_export(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
-    """Opens the model. Without preprocessor_config.json, the image processor is created from the configuration.
+def load_for_export(source: str | Path, input_name: str) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
+    """Opens the model and its image processor.
 
     Raises:
-        ExportError: the model cannot be opened, or is of another type.
+        ExportError: the model cannot be opened, or is of another type; or its images are no bytes, as "image" is.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        return open_model(source, error=ExportError)
+    if Path(source).is_dir():
+        _check_source(Path(source))
+    settings: dict[str, Any] = open_settings(source, error=ExportError)[1].to_dict()
+    if input_name == "image" and takes_fractions(settings):
+        raise ExportError(
+            f"The image processor of {source} takes pixels in 0..1 (do_rescale is false, image_mean is "
+            f"{settings['image_mean']}), which a graph of bytes (input 'image') would round to 0 or 1: export it with "
+            "the input 'pixel_values'."
+        )
+    return open_model(source, error=ExportError)
+
+
+def _check_source(folder: Path) -> None:
+    """Raises ExportError if a folder holds an export, or a model of another type."""
     has_weights = any(path for pattern in ("*.safetensors*", "pytorch_model*.bin") for path in folder.glob(pattern))
     exported = [file for file in RUNTIME_FILES.values() if (folder / file).is_file()]
     if exported and not has_weights:
-        raise ExportError(f"{source} is an export already (it has {exported[0]}): name the folder of its model.")
-    kind = model_type(source, ExportError)
+        raise ExportError(f"{folder} is an export already (it has {exported[0]}): name the folder of its model.")
+    kind = model_type(folder, ExportError)
     if kind != FaiM2FConfig.model_type:
         raise ExportError(
-            f"{source} holds a model of type {kind!r}, and only {FaiM2FConfig.model_type!r} can be exported: convert "
+            f"{folder} holds a model of type {kind!r}, and only {FaiM2FConfig.model_type!r} can be exported: convert "
             "checkpoints of other libraries with `faim2f convert` first."
         )
-    if (folder / "preprocessor_config.json").is_file():
-        return open_model(source, error=ExportError)
-    network, missing, mismatched = load_weights(
-        source, partial(FaiM2FForUniversalSegmentation.from_pretrained, source), ExportError
-    )
-    if missing or mismatched:
-        raise ExportError(f"The weights of {source} are not those of its config.json: see {(missing + mismatched)[0]}.")
-    check_finite(source, network, ExportError)
-    return network.eval(), FaiM2FImageProcessor.from_model_config(network.config)
 
 
 def resizing_to(processor: FaiM2FImageProcessor, size: tuple[int, int]) -> FaiM2FImageProcessor:

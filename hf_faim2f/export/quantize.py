@@ -30,7 +30,7 @@ from ..files import check_new_folder, new_folder, sha256_of
 from ..hub.check import QUANTIZATION
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
-from .calibration import Calibration, activation_ranges, choose_images
+from .calibration import Calibration, activation_ranges, choose_images, open_session
 from .graph import quietly
 from .graph_file import (
     LAYERS,
@@ -212,16 +212,6 @@ def _check_precision(model: Any, path: Path) -> None:
         raise ExportError(f"{path} is in {precision}, and int8 is made of fp32: export the model in that.")
 
 
-def _open(model: Any) -> Any:
-    """Opens the graph in onnxruntime, on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 class Trials:
     """Compares the network in float with versions that have some layers in int8, on the held-out images.
 
@@ -235,7 +225,7 @@ class Trials:
     def __init__(self, network: Any, scheme: Scheme, calibration: Calibration, sigmoid: bool) -> None:
         self.network, self.scheme, self.sigmoid = network, scheme, sigmoid
         self.name: str = network.graph.input[0].name
-        self.held_out, session = calibration.held_out, _open(network)
+        self.held_out, session = calibration.held_out, open_session(network)
         self.expected = [self._answer(session, batch) for batch in self.held_out]
         del self.expected[-1][(len(calibration.held_out_paths) - 1) % calibration.batch + 1 :]  # copies, see `_batches`
         # With NaN in the outputs, no layer could be chosen by its error.
@@ -275,7 +265,7 @@ class Trials:
 
     def changes(self, nodes: Sequence[str], count: int | None = None) -> list[Change]:
         """The change for each image in the first `count` held-out batches, or all, with these layers in int8."""
-        session = _open(self.quantized(self.network, nodes))
+        session = open_session(self.quantized(self.network, nodes))
         found: list[Change] = []
         for batch, expected in zip(self.held_out[:count], self.expected, strict=False):
             found += [_change(*pair) for pair in zip(expected, self._answer(session, batch), strict=False)]
@@ -359,7 +349,7 @@ def _save(model: Any, path: Path, calibration: Calibration) -> None:
     import onnx
 
     onnx.save(model, path)
-    session = _open(onnx.load(path))
+    session = open_session(onnx.load(path))
     session.run(None, {session.get_inputs()[0].name: calibration.held_out[0]})
 
 

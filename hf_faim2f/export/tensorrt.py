@@ -199,10 +199,14 @@ def _target(library: str, gpu: str) -> str:
 
 
 def _graph_file(source: Path) -> Path | None:
-    """The ONNX file that `source` is or contains; None if `source` must be a model folder."""
+    """The ONNX file that `source` is or contains; None if `source` must be a model folder.
+
+    A graph beside weights is not used: it may be of other weights.
+    """
     if source.is_file():
         return source
-    return source / "model.onnx" if (source / "model.onnx").is_file() else None
+    is_graph = (source / "model.onnx").is_file() and not any(source.glob("*.safetensors*"))
+    return source / "model.onnx" if is_graph else None
 
 
 def _write(folder: Path, path: Path, request: Request) -> list[str]:

@@ -198,6 +198,11 @@ def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:
     return keywords
 
 
+def takes_fractions(settings: Mapping[str, Any]) -> bool:
+    """Whether an image processor's normalization is of pixels in 0..1 that it does not rescale to that range."""
+    return settings["do_normalize"] and not settings["do_rescale"] and max(settings["image_mean"]) <= 1
+
+
 # A pixel above this is not in 0..1, even after resampling, which overshoots.
 MOST_OF_ONE = 8
 
@@ -213,7 +218,7 @@ def warn_of_scale(settings: Mapping[str, Any], images: Iterable[Tensor]) -> None
                 f"image_mean {mean} is of pixels in 0..255, but do_rescale=True multiplies them by {factor:g} first: "
                 "pass do_rescale=False, or divide image_mean and image_std by 255."
             )
-    elif max(mean) <= 1 and any(float(image.max()) > MOST_OF_ONE for image in images):
+    elif takes_fractions(settings) and any(float(image.max()) > MOST_OF_ONE for image in images):
         logger.warning_once(
             f"Some pixels are above 1, but image_mean {mean} is of pixels in 0..1, and do_rescale=False leaves them as "
             "they are: pass do_rescale=True for images in 0..255."

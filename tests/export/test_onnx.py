@@ -425,7 +425,17 @@ def test_mistakes(
     (other / "config.json").write_text('{"model_type": "mask2former"}')
     assert "holds a model of type 'mask2former'" in mistake(capsys, other, out)
     (other / "config.json").write_text('{"model_type": "faim2f", "num_queries": -3}')
+    for name in ("preprocessor_config.json", "model.safetensors"):
+        shutil.copy(folder / name, other)
     assert "num_queries" in mistake(capsys, other, out)
+    shutil.copytree(folder, tmp_path / "copy")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (tmp_path / "copy" / "preprocessor_config.json").write_text(json.dumps({**settings, "do_rescale": False}))
+    assert "takes pixels in 0..1" in mistake(capsys, tmp_path / "copy", out, "--input", "image")
+    (tmp_path / "copy" / "preprocessor_config.json").unlink()
+    assert "has no preprocessor_config.json, which says how images are" in mistake(capsys, tmp_path / "copy", out)
+    shutil.rmtree(tmp_path / "copy")
+    (other / "model.safetensors").unlink()
     (other / "openvino_model.xml").touch()
     assert "is an export already (it has openvino_model.xml): name the folder" in mistake(capsys, other, out)
     assert "exists already" in mistake(capsys, folder, other)
@@ -650,7 +660,7 @@ def test_a_wrong_graph_is_refused_by_the_same_tolerance(undamaged: Any, damage: 
 
 
 @pytest.mark.newest_only
-@pytest.mark.parametrize("fault", [None, "none", "worst", "repeated"])
+@pytest.mark.parametrize("fault", [None, "none", "worst", "repeated", "boxes"])
 def test_the_best_instances_are_chosen(fault: str | None) -> None:
     """Of 20 queries, the 4 best; masks and scores of the others would match the model as well."""
     model = lively_model(num_queries=20, top_k=4)
@@ -664,6 +674,8 @@ def test_the_best_instances_are_chosen(fault: str | None) -> None:
         answers = {name: values.numpy()[:, rows] for name, values in whole(inputs).items()}
         if fault == "none":
             answers["scores"] = np.zeros_like(answers["scores"])
+        if fault == "boxes":  # of which the other outputs tell nothing
+            answers["boxes"] = answers["boxes"][..., [1, 0, 3, 2]]
         return answers
 
     exported = check.Exported("torch", run)

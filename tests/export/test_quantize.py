@@ -306,6 +306,32 @@ def test_images_of_different_sizes_are_no_batch(tmp_path: Path) -> None:
     assert len(choose_images(tmp_path, processor, one, 9, 1).paths) == 2
 
 
+def test_maps_of_labels_are_no_images(tmp_path: Path) -> None:
+    given = onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, [1, 3, None, None])
+    for number, (name, file) in enumerate(
+        (("masks", "a.png"), ("trainannot/town", "a.png"), ("mixed", "_classes.csv"), ("plain", "a.txt"))
+    ):
+        root = tmp_path / str(number)
+        for folder in (root / "images", root / name):
+            folder.mkdir(parents=True)
+            photographs()[0].save(folder / "a.png")
+        (root / name / file).touch()
+        if name == "plain":
+            assert len(choose_images(root, FaiM2FImageProcessor(), given, 9, 1).paths) == 1
+            continue
+        with pytest.raises(ExportError, match=f"{root / name} has maps of labels.*: name a folder"):
+            choose_images(root, FaiM2FImageProcessor(), given, 9, 1)
+
+
+def test_a_graph_that_onnxruntime_cannot_open_is_a_sentence(graphs: Graphs, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(graphs["logits"], tmp_path / "newer")
+    model = onnx.load(tmp_path / "newer" / "model.onnx")
+    model.ir_version = 99
+    onnx.save(model, tmp_path / "newer" / "model.onnx")
+    with pytest.raises(ExportError, match=r"^ONNX Runtime .* cannot open the graph \(.*99.*\): export the model"):
+        quantize(tmp_path / "newer", tmp_path / "int8", images)
+
+
 def test_images_are_bounded_shared_out_and_reported(graphs: Graphs, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for name in ("a/one.png", "a/two.jpg", "b/three.PNG", "b/c/four.png", "five.png", "six.png"):

@@ -7,6 +7,7 @@ to a graph before it is built are tested in onnxruntime.
 import hashlib
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,6 +323,11 @@ def test_mistakes(folder: Path, graphs: dict[str, Path], tmp_path: Path, capsys:
     assert "is in fp32, and an engine takes its types" in mistake(capsys, fp32, out, *sm86, "--precision", "fp16")
     assert "has no QuantizeLinear" in mistake(capsys, fp32, out, *sm86, "--precision", "int8")
     assert "int8 is built from an ONNX graph" in mistake(capsys, folder, out, *sm86, "--precision", "int8")
+    shutil.copytree(folder, tmp_path / "both")
+    shutil.copyfile(graphs["int8"] / "model.onnx", tmp_path / "both" / "model.onnx")
+    # Not the graph, which may be of other weights.
+    assert "int8 is built from an ONNX graph" in mistake(capsys, tmp_path / "both", out, *sm86, "--precision", "int8")
+    shutil.rmtree(tmp_path / "both")
     assert "no range of batches" in mistake(capsys, fp32, out, *sm86, "--batches", "1:2:3")
     assert "no range of sizes" in mistake(capsys, fp32, out, *sm86, "--sizes", "64x64:96x96:128x128")
     assert "batches 4:2:8 must be smallest:usual:largest" in mistake(capsys, folder, out, *sm86, "--batches", "4:2:8")

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ...errors import DatasetError, MissingPartError
 from ...files import files_below
+from ...masks import CAMVID_ENDS as ENDS
 from ..dataset import ROW_FEATURES, Problems, find_part, hold_out, lazy_dataset
 from ..files import AnnotationFrame, file_source, path_inside, png_inside, read_small_text
 from .folder import LABELS_FILE, describe_maps, paired_maps, read_labels
@@ -26,7 +27,6 @@ from .palette import find_palette, is_palette, load_colors
 logger = logging.get_logger(__name__)
 
 CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
-ENDS = {"annot": "", "_labels": "_L", "_masks": ""}
 
 
 def find_parts(root: Path) -> dict[str, tuple[Path, Path]]:

@@ -23,6 +23,7 @@ import datasets
 from transformers.utils import logging
 
 from ...errors import DatasetError, MissingPartError
+from ...masks import ROBOFLOW_CLASSES as CLASSES_FILE
 from ..dataset import ROW_FEATURES, Description, Problems, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import AnnotationFrame, Source, file_source, list_images, read_map, read_small_text, source_name
 from ..item import WHITE, index_values
@@ -31,7 +32,6 @@ from .palette import NO_CLASS
 
 logger = logging.get_logger(__name__)
 
-CLASSES_FILE = "_classes.csv"
 HEADER = "pixel value"
 # What the names of masks have in addition to those of their images.
 END = "_mask"
