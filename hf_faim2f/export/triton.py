@@ -18,16 +18,11 @@ from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from .engine import DESCRIPTION, read_description, read_engine
 
+# No output names the file of labels: Triton would attach a label to the place of a value, not to the value, which is
+# the class.
 CONFIG, LABELS, VERSION = "config.pbtxt", "labels.txt", "1"
 # Triton's name of each type of tensor that our graphs have.
 TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "int64": "TYPE_INT64"}
-# The output of each kind of graph whose values, or last axis, are classes.
-CLASSES = {
-    "logits": "class_queries_logits",
-    "semantic": "segmentation",
-    "instances": "class_ids",
-    "queries": "class_ids",
-}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LARGEST_BATCH, MILLISECONDS = 8, 5.0
 
@@ -198,8 +193,6 @@ def config_text(name: str, network: Network, batch: int, milliseconds: float) ->
             raise ExportError(f"{entry} has the type {type_name}, and Triton's configuration has {', '.join(TYPES)}.")
         dims = ", ".join(map(str, shape[1:] if batch else shape))
         rows = [f"name: {json.dumps(entry)}", f"data_type: {TYPES[type_name]}", f"dims: [ {dims} ]"]
-        if key == "output" and entry == CLASSES[network.kind]:
-            rows.append(f"label_filename: {json.dumps(LABELS)}")
         inner = "".join(f"    {row}\n" for row in rows)
         return f"{key} [\n  {{\n{inner}  }}\n]"
 
