@@ -129,7 +129,7 @@ def measure(
     for one in tqdm(candidates, desc="memory", unit="process", disable=no_bars):
         one.memory = measure_memory(
             functools.partial(open_at_size, one.model, one.runtime, device, size),
-            one.contender.images,
+            one.contender.largest(max(one.batch_sizes)),
             one.contender.subtask,
             one.batch_sizes,
             modules=[RUNTIMES[one.runtime].module],

@@ -70,6 +70,7 @@ class Contender:
             raise ImageError("There are no images to measure with: pass at least one.")
         self.subtask = self.predictor._check_request(self.subtask, None, None)[0]
         self.sizes = []
+        self._pixels: list[tuple[int, int]] = []  # of each image, at the network and its own
         for place, image in enumerate(self.images):
             prepared = self.predictor._prepare((place, image))
             if prepared.error is not None:
@@ -77,6 +78,17 @@ class Contender:
             height, width = prepared.values.shape[1:]
             if (height, width) not in self.sizes:
                 self.sizes.append((height, width))
+            self._pixels.append((height * width, prepared.image.width * prepared.image.height))
+
+    def largest(self, count: int) -> list[Any]:
+        """The images that need the most memory: that of most pixels at the network, then those of most of their own.
+
+        Returns:
+            `count` images, but at least two, as far as there are so many.
+        """
+        places = sorted(range(len(self.images)), key=lambda place: self._pixels[place][1], reverse=True)
+        first = max(places, key=lambda place: self._pixels[place][0])
+        return [self.images[place] for place in dict.fromkeys([first, *places])][: max(count, 2)]
 
     def check_batch(self, batch_size: int) -> None:
         """Raises PredictorError if the network or the images do not allow this batch size."""

@@ -22,8 +22,8 @@ from ..errors import PredictorError
 from ..runtime.predictor import Predictor
 from .latency import Contender
 
-# The first run may allocate memory that later runs reuse.
-RUNS = 2
+# Two of each of the two images of `Contender.largest`: the first run may allocate memory that later runs reuse.
+RUNS = 4
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 RESIDENT = "peak resident set of a fresh process above its resident set before the model was loaded"
@@ -69,7 +69,8 @@ def measure_memory(
 
     Args:
         open_predictor: a module-level function, or a `functools.partial` of one; it is pickled.
-        images, subtask: as in `Contender`; arrays or PIL images, of which as many as needed are used.
+        images, subtask: as in `Contender`; arrays or PIL images, of which as many as needed are used, so the largest
+            come first.
         batch_sizes: measured in ascending order.
         modules: imported first, so that libraries do not count.
         gpu: the GPU whose memory is also measured, such as "cuda:0".
@@ -79,7 +80,7 @@ def measure_memory(
         PredictorError: the predictor cannot be opened or fails, or the process died.
     """
     ascending = sorted(set(batch_sizes))
-    sent = list(images[: ascending[-1]])
+    sent = list(images[: max(ascending[-1], 2)])
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     arguments = (sender, open_predictor, sent, subtask, ascending, tuple(modules), gpu, threads)

@@ -29,11 +29,13 @@ from ..benchmarking.comparison import (
 )
 from ..benchmarking.latency import Contender, describe_machine, open_at_size, own_size
 from ..errors import ImageError, ModelError, PredictorError, SettingsError
-from ..files import check_empty_folder, find_files
+from ..export import aotinductor, engine, formats
+from ..files import check_empty_folder, find_files, read_object
 from ..hub.check import QUANTIZATION
 from ..hub.results import Metric, known_metric
 from ..model.channels_faim2f import RGB
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES, load_images
+from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..runtime.predictor import RUNTIMES
 from ..zoo import open_settings, resolve, runtimes_of
 from .output import DONE, MISTAKES, interrupted, mistake, no_bars, one_document, require_packages, say, use_weights_url
@@ -63,6 +65,8 @@ BATCH_SIZES = (1, 4, 8)
 RUNS, WARM_UP = 30, 3
 # Decoded images are held in memory, and more of them would hardly change the results.
 MOST_IMAGES = 32
+# The files that describe exports.
+DESCRIPTIONS = (engine.DESCRIPTION, formats.DESCRIPTION, aotinductor.DESCRIPTION)
 
 
 @dataclass
@@ -308,17 +312,38 @@ def _metric(options: argparse.Namespace, model: str, contender: Contender, notes
                 f"{source} has no known metric for {subtask} segmentation into {labels} classes: name "
                 "another model with --metrics-from, or leave it out."
             )
-    if metric is not None and source != model and (Path(model) / QUANTIZATION).is_file():
+    if metric is None:
+        return None
+    precision = _precision(Path(model))
+    if precision == "int8":
         notes.append(f"The metric of {source} is left out for {model}, which is quantized and so has another.")
         return None
-    valid = own_size(open_settings(source)[1])
-    used = options.size or own_size(open_settings(model)[1])
-    if metric is not None and used != valid:
-        notes.append(
-            f"{model}'s metric is left out, because it is only valid at the model's own {valid[0]}x{valid[1]}."
-            if source == model
-            else f"The metric of {source} is left out for {model}: it is only valid at {valid[0]}x{valid[1]}, and the "
-            f"size here is {used[0]}x{used[1]}."
-        )
+    valid, used = (_resizing(one) for one in (open_settings(source)[1], contender.predictor.network.processor))
+    if used != valid:
+        what = f"{model}'s metric" if source == model else f"The metric of {source} for {model}"
+        notes.append(f"{what} is left out: it is valid for images resized to {valid}, and here they are to {used}.")
         return None
+    if precision not in (None, "fp32"):
+        notes.append(f"The metric of {source} is that of float32, and {model} computes in {precision}.")
     return metric
+
+
+def _precision(folder: Path) -> str | None:
+    """The precision of an export, as far as its description says it; None for an ONNX graph that is not quantized."""
+    if (folder / QUANTIZATION).is_file():
+        return "int8"
+    found = next((path for path in (folder / name for name in DESCRIPTIONS) if path.is_file()), None)
+    return None if found is None else str(read_object(found).get("precision"))
+
+
+def _resizing(processor: FaiM2FImageProcessor) -> str:
+    """How an image processor resizes images, in words."""
+    settings: dict[str, Any] = processor.to_dict()
+    if not settings["do_resize"]:
+        return "no other size"
+    size: dict[str, int | None] = settings["size"]
+    if "height" in size:
+        return f"{size['height']}x{size['width']}"
+    words = f"a shorter side of {size['shortest_edge']}"
+    words += f" and a longer of at most {size['longest_edge']}" if size.get("longest_edge") else ""
+    return words + (f", in multiples of {settings['size_divisor']}" if settings["size_divisor"] else "")

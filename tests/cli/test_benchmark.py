@@ -149,7 +149,7 @@ def test_results_say_what_was_measured(
     assert "graph in onnxruntime: no metric is known" in table
     # The model's card has a metric for the model's own size, which differs from the benchmark's.
     assert results[0]["metric"] is None
-    assert "'s metric is left out, because it is only valid at the model's own 64x64" in printed
+    assert "'s metric is left out: it is valid for images resized to a shorter side of 64" in printed
     with Image.open(out / "plot.png") as plot:
         assert plot.format == "PNG" and min(plot.size) > 300
         assert len(plot.convert("RGB").getcolors(1 << 24)) > 20
@@ -263,6 +263,16 @@ def test_on_a_gpu_events_time_the_network_and_every_step_waits(
     assert events == ["wait", "clock", "clock", "record", "run", "record", "wait", "elapsed", "clock", "wait", "clock"]
     assert seconds["network"] == 0.25 and seconds[END_TO_END] == 9.0
     assert contender.gpu is None  # the outputs were not on a GPU here
+
+
+def test_memory_is_measured_on_the_largest_images(model_folder: Path) -> None:
+    """The most pixels at the network, which keeps the aspect ratio, are those of the panorama."""
+    sizes = [(64, 64), (500, 400), (64, 256), (80, 64)]
+    images = [Image.new("RGB", size) for size in sizes]
+    contender = Contender(Predictor.from_pretrained(model_folder, device="cpu"), images)
+    assert [image.size for image in contender.largest(1)] == [(64, 256), (500, 400)]
+    assert [image.size for image in contender.largest(3)] == [(64, 256), (500, 400), (80, 64)]
+    assert len(contender.largest(9)) == 4
 
 
 def open_greedy(folder: Path) -> Predictor:
@@ -435,15 +445,25 @@ def test_the_plot_has_a_point_for_each_model_with_a_metric(
     note = f"The metric of {model_folder} is left out for {models[2]}, which is quantized and so has another."
     assert note in capsys.readouterr().out
     (models[2] / "quantization.json").unlink()
+    for precision, value in (("int8", None), ("bf16", 62.25)):
+        (models[2] / "engine.json").write_text(json.dumps({"precision": precision}))
+        assert benchmark(models[2], "--out", tmp_path / precision, *flags, "--runtime", "torch") == 0
+        metric = json.loads((tmp_path / precision / "results.json").read_text())["results"][0]["metric"]
+        assert (metric and metric["value"]) == value
+    note = f"The metric of {model_folder} is that of float32, and {models[2]} computes in bf16."
+    assert note in capsys.readouterr().out
+    (models[2] / "engine.json").unlink()
     processor = FaiM2FImageProcessor.from_pretrained(models[2])
     FaiM2FImageProcessor.from_dict(processor.to_dict(), size={"height": 64, "width": 96}).save_pretrained(models[2])
     capsys.readouterr()
     assert benchmark(models[2], "--out", tmp_path / "resized", *flags) == 0
     assert json.loads((tmp_path / "resized" / "results.json").read_text())["results"][0]["metric"] is None
-    note = f"The metric of {model_folder} is left out for {models[2]}: it is only valid at 64x64, and the size here is"
-    assert f"{note} 64x96." in capsys.readouterr().out
-    assert benchmark(models[2], "--out", tmp_path / "same", *flags, "--size", "64x64") == 0
-    assert json.loads((tmp_path / "same" / "results.json").read_text())["results"][0]["metric"]["value"] == 62.25
+    printed = capsys.readouterr().out
+    note = f"The metric of {model_folder} for {models[2]} is left out: it is valid for images resized to a shorter side"
+    assert f"{note} of 64" in printed and ", and here they are to 64x96." in printed
+    # Squares keep a square's aspect ratio, but not that of other images.
+    assert benchmark(models[2], "--out", tmp_path / "square", *flags, "--size", "64x64") == 0
+    assert json.loads((tmp_path / "square" / "results.json").read_text())["results"][0]["metric"] is None
     capsys.readouterr()
 
 
