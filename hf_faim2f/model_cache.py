@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -51,7 +51,7 @@ class Source:
         title: the name of its folder.
         url: identifies the source; for a file, the URL to download it from.
         license: the license of the weights, for messages.
-        convert: called with the downloaded file or folder, and the folder to write.
+        convert: called with the downloaded file or folder, and the folder to write; returns notes for the user.
         fetch: downloads the source's files, and returns their folder and a digest of them; None to download `url`.
         sha256: the SHA-256 that the file must have; None if unknown.
         md5: the first digits of the MD5 that it must have; None if unknown.
@@ -61,7 +61,7 @@ class Source:
     title: str
     url: str
     license: str
-    convert: Callable[[Path, Path], object]
+    convert: Callable[[Path, Path], Sequence[str]]
     fetch: Callable[[], tuple[Path, str]] | None = None
     sha256: str | None = None
     md5: str | None = None
@@ -206,7 +206,8 @@ def _check_file(path: Path, source: Source, known: Record, digest: str, size: in
 
 def _convert(path: Path, out: Path, source: Source, entry: Path) -> None:
     try:
-        source.convert(path, out)
+        for note in source.convert(path, out):
+            print(f"{source.name}: {note}", file=sys.stderr, flush=True)
     except ConversionError as error:
         if source.fetch is None:
             path.unlink()  # otherwise the next call would convert the same file again

@@ -132,10 +132,10 @@ def published_source(name: str, weights_url: str | None = None) -> Source | None
     if name in FAMILY or name in ALIASES:
         preset = find_preset(name)
 
-        def from_focoos(file: Path, out_dir: Path) -> None:
+        def from_focoos(file: Path, out_dir: Path) -> list[str]:
             from hf_faim2f.conversion.focoos import convert
 
-            convert(file, out_dir, preset.name)
+            return convert(file, out_dir, preset.name).notes
 
         url = _mirrored(preset.weights_url, mirror)
         return Source(preset.name, preset.name, url, WEIGHTS_LICENSE, from_focoos, sha256=preset.sha256)
@@ -146,10 +146,10 @@ def published_source(name: str, weights_url: str | None = None) -> Source | None
         return None
     model = found[0]
 
-    def from_zoo(file: Path, out_dir: Path) -> None:
+    def from_zoo(file: Path, out_dir: Path) -> list[str]:
         from hf_faim2f.conversion.mask2former_zoo import convert
 
-        convert(file, out_dir, model.name)
+        return convert(file, out_dir, model.name).notes
 
     url = _mirrored(model.weights_url, mirror)
     return Source(model.short, model.short.replace("/", "-"), url, ZOO_LICENSE, from_zoo, md5=model.md5)
@@ -172,10 +172,10 @@ def _hub_source(name: str) -> Source:
         digests = "".join(f"{path.name} {sha256_of(path)}\n" for path in sorted(folder.iterdir()) if path.is_file())
         return folder, sha256_of(digests.encode())
 
-    def from_transformers(folder: Path, out_dir: Path) -> None:
+    def from_transformers(folder: Path, out_dir: Path) -> list[str]:
         from hf_faim2f.conversion.mask2former import convert
 
-        convert(str(folder), out_dir, name=title)
+        return convert(str(folder), out_dir, name=title).notes
 
     return Source(name, title, url, f"see {url}", from_transformers, fetch)
 

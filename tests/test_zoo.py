@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_faim2f.conversion.mask2former import convert
 from PIL import Image
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, Predictor, download, model_cache
@@ -370,18 +371,27 @@ def test_the_zoo_s_checkpoints(mirror: WeightsServer, cache: Path, monkeypatch: 
 
 
 def test_transformers_mask2former_of_the_hub(
-    mirror: WeightsServer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mirror: WeightsServer,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """From a cache with the layout of the Hub's library, online, then offline."""
     hub = tmp_path / "hub" / "models--us--mask2former-tiny-coco-instance"
     theirs = tiny(RESNET)
     saved(hub / "snapshots" / ("1" * 40), theirs)
+    settings = hub / "snapshots" / ("1" * 40) / "preprocessor_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "resample": 3}))
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text("1" * 40)
     go_online(monkeypatch, False)
     cache_of_hub(monkeypatch, tmp_path / "hub")
     name = "us/mask2former-tiny-coco-instance"
     ours, _ = open_model(name)
+    said = capsys.readouterr().err
+    notes = convert(str(hub / "snapshots" / ("1" * 40)), tmp_path / "own", name=name.split("/")[1]).notes
+    assert notes and all(f"{name}: {note}\n" in said for note in notes)
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         assert relative_error(ours(image).class_queries_logits, theirs(image).class_queries_logits) < RELATIVE_ERROR
