@@ -1,7 +1,6 @@
 """`faim2f convert` and `python -m conversion`: convert checkpoints of other libraries to Hub folders."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..errors import ConversionError, first_line
 from ..files import check_new_folder, read_text
 from ..hub.results import CARD
 from ..zoo import open_model, resolve
-from .output import DONE, MISTAKE, one_document
+from .output import DONE, mistake, one_document
 from .parser import MODEL_HELP, OneSentenceParser
 
 DESCRIPTION = "Converts checkpoints of other libraries to Hub folders that load with transformers, and back."
@@ -110,10 +109,10 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; returns 0 if OUT_DIR was written, else 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
     with one_document(options.json) as emit:
-        return _run(options, emit)
+        return _run(program, options, emit)
 
 
-def _run(options: argparse.Namespace, emit: Callable[[Any], None]) -> int:
+def _run(program: str, options: argparse.Namespace, emit: Callable[[Any], None]) -> int:
     try:
         if options.kind == "focoos":
             described = focoos_models.convert(options.checkpoint, options.out_dir, options.info)
@@ -126,13 +125,11 @@ def _run(options: argparse.Namespace, emit: Callable[[Any], None]) -> int:
         else:
             described = mask2former_models.convert(options.model, options.out_dir, options.subtask)
     except ConversionError as error:
-        print(f"conversion: {error}", file=sys.stderr)
-        return MISTAKE
+        return mistake(program, error)
     except (OSError, SafetensorError) as error:  # such as a full disk
         reason = getattr(error, "strerror", None) or first_line(error, kind=False)
         where = getattr(error, "filename", None) or options.out_dir
-        print(f"conversion: {where}: {reason}; nothing was written.", file=sys.stderr)
-        return MISTAKE
+        return mistake(program, ConversionError(f"{where}: {reason}; nothing was written."))
     if described.error is not None:
         print(f"largest difference from transformers' model: {described.error:.1e} of the largest logit")
     for note in described.notes:

@@ -64,7 +64,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         dest="runtime",
         choices=RUNTIMES,
         default=RUNTIMES[0],
-        help=f"the runtime to optimize for (default: {RUNTIMES[0]}); each is fast on different graphs",
+        help=f"the runtime to optimize for (default: {RUNTIMES[0]}); a graph for one is slow in the others",
     )
     parser.add_argument(
         "--max-images", type=int, default=IMAGES, metavar="N", help=f"maximum number of images (default: {IMAGES})"

@@ -196,11 +196,11 @@ FORMATS = {
                ("train", "val"), ("semantic", "instance"), _read_folder),
         Format("hub", "", "a dataset of the Hub, or Parquet files", ("train", "validation"),
                ("semantic", "instance"), _read_hub),
-        Format("yolo", "", "a folder with YOLO's data.yaml and outlines in labels, or that file", ("train", "val"),
+        Format("yolo", "", "a folder with data.yaml and label files of polygons, or data.yaml itself", ("train", "val"),
                ("instance", "semantic"),
                lambda source, split, task: load_yolo(
                    source.root, split, task, skip_bad=source.skip_bad, annotation_frame=source.frame)),
-        Format("coco", "", "a folder with COCO's JSON of any tool, or that file", ("train", "val"),
+        Format("coco", "", "a folder with a COCO JSON file of any tool, or that file itself", ("train", "val"),
                ("instance", "semantic"),
                lambda source, split, task: load_coco(
                    source.root or None, split, task, annotations=source.annotations, images=source.images,
@@ -229,7 +229,7 @@ FORMATS = {
                    palette=source.palette, skip_bad=source.skip_bad, annotation_frame=source.frame)),
         Format("colors", "", "as folder, with masks in colors and `name r g b` in labels.txt", ("train", "val"),
                ("semantic",), lambda source, split, task: _read_folder(source, split, task, has_colors=True)),
-        Format("digits", "Scenes of digits", "nothing: the scenes are made", ("train", "test"), ("panoptic",),
+        Format("digits", "Scenes of digits", "no --data: scenes are generated", ("train", "test"), ("panoptic",),
                _read_digits, needs_root=False),
     )
 }  # fmt: skip

@@ -219,7 +219,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     capsys.readouterr()
     assert run(*arguments) == 2
     sentence = capsys.readouterr().err
-    assert sentence.startswith("conversion: ") and sentence.count("\n") == 1 and "Traceback" not in sentence
+    assert sentence.startswith("python -m conversion: ") and sentence.count("\n") == 1 and "Traceback" not in sentence
     return sentence
 
 
