@@ -57,6 +57,33 @@ def test_void_beside_a_class_stays_void(tmp_path: Path) -> None:
         data[9]
 
 
+@pytest.mark.parametrize("name", ["voc", "camvid"])
+def test_white_in_layouts_of_classes(tmp_path: Path, name: str) -> None:
+    """In Pascal VOC's, 255 can only be a border. A part for validation may lack the object."""
+    both = LESION.copy()
+    both[0] = 1
+    (tmp_path / ("class_names.txt" if name == "voc" else "labels.txt")).write_text("\n".join(NAMES))
+    masks = {"train": tmp_path / "trainannot" / "0.png", "val": tmp_path / "valannot" / "1.png"}
+    if name == "voc":
+        masks = {part: tmp_path / "SegmentationClass" / path.name for part, path in masks.items()}
+        save(tmp_path / "JPEGImages" / "0.jpg", photo(12, 16))
+        save(tmp_path / "JPEGImages" / "1.jpg", photo(12, 16))
+        (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
+    for number, (part, path) in enumerate(masks.items()):
+        save(path, LESION)
+        if name == "voc":
+            (tmp_path / "ImageSets" / "Segmentation" / f"{part}.txt").write_text(str(number))
+        else:
+            save(tmp_path / part / path.name, photo(12, 16))
+    remedy = "save objects with the value 1" if name == "voc" else "--ignore-index -1"
+    with pytest.raises(DatasetError, match=f"no values but 0 and 255.*{remedy}"):
+        open_data(name, DataSource(str(tmp_path)), "train")
+    save(masks["train"], both)
+    for part, found in (("train", {-1, 0, 1}), ("validation", {-1, 0})):
+        item = open_data(name, DataSource(str(tmp_path)), part).items[0]  # type: ignore[arg-type]
+        assert set(class_map(item).unique().tolist()) == found
+
+
 def test_three_labels_have_no_white(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="has the value 255, which no class"):
         load_folder(folder(tmp_path, LESION), [*NAMES, "tumor"], ignore_index=None)[0]

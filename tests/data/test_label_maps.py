@@ -242,8 +242,11 @@ def test_camvids_lists_and_void(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no file .*c.png, which .*train.txt names"):
         load_camvid(tmp_path)
     (tmp_path / "train.txt").unlink()
+    assert class_map(load_camvid(tmp_path, ignore_index=11)[0]).max() == 10
     (tmp_path / "labels.txt").write_text("\n".join(map(str, range(12))))
     assert class_map(load_camvid(tmp_path)[0]).max() == 11
+    with pytest.raises(DatasetError, match="The value 11 is to be ignored .*take it out of the labels"):
+        load_camvid(tmp_path, ignore_index=11)
 
 
 def test_an_image_that_camvids_list_has_twice_counts_once(tmp_path: Path) -> None:

@@ -284,6 +284,23 @@ def test_folder_reduced_labels(tmp_path: Path) -> None:
     assert class_map(item).tolist() == [[-1, 1, 0], [-1, 1, 1]]
 
 
+def test_a_value_to_ignore_that_is_a_class_is_refused(tmp_path: Path) -> None:
+    """Ignoring it would rename the classes of all other values, or leave one without pixels."""
+    write_folder(tmp_path, {"a": np.array([[0, 1, 1]], dtype=np.uint8)}, labels="car\nsky\n")
+    for value, words in ((0, "0 to 1: name only the classes from 1 on and pass --reduce-labels"), (1, "is the last")):
+        with pytest.raises(DatasetError, match=f"The value {value} is to be ignored .*{words}"):
+            load_folder(tmp_path, ignore_index=value)
+    with pytest.raises(DatasetError, match="value 2 is to be ignored .* 1 to 2: if its name is the last"):
+        load_folder(tmp_path, ignore_index=2, reduce_labels=True)
+    assert class_map(load_folder(tmp_path, ignore_index=0, reduce_labels=True)[0]).tolist() == [[-1, 0, 0]]
+    assert class_map(load_folder(tmp_path, ["car"], ignore_index=1)[0]).tolist() == [[0, -1, -1]]
+
+
+def test_the_usual_value_to_ignore_yields_to_a_class(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a": np.array([[0, 255]], dtype=np.uint8)}, labels="".join(f"c{k}\n" for k in range(256)))
+    assert class_map(load_folder(tmp_path)[0]).tolist() == [[0, 255]]
+
+
 def test_folder_instances_of_one_class(tmp_path: Path) -> None:
     mask = np.array([[0, 7, 7], [500, 0, 9]], dtype=np.uint16)
     item = load_folder(write_folder(tmp_path, {"a": mask}), labels=["cell"], task="instance")[0]

@@ -184,7 +184,7 @@ def test_instance_masks_with_colors_are_turned(tmp_path: Path) -> None:
     for number, turn in STORED.items():
         save_stored(colors, number, tmp_path / "images" / f"{number}.png")
         Image.fromarray(np.ascontiguousarray(turn(colors))).save(tmp_path / "masks" / f"{number}.png")
-    data = load_folder(tmp_path, ["ground", "shape"], "instance", ignore_index=0, annotation_frame="stored")
+    data = load_folder(tmp_path, ["ground", "shape"], "instance", annotation_frame="stored")
     for item in data:
         found = [(item["segments"] == k).numpy() for k in range(len(item["classes"])) if item["classes"][k] == 1]
         assert sorted(int(mask.sum()) for mask in found) == [180, 300]

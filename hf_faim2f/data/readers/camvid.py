@@ -18,10 +18,10 @@ from transformers.utils import logging
 from ...errors import DatasetError, MissingPartError
 from ...files import files_below
 from ...masks import CAMVID_ENDS as ENDS
-from ..dataset import ROW_FEATURES, Problems, find_part, hold_out, lazy_dataset
+from ..dataset import ROW_FEATURES, Problems, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import AnnotationFrame, file_source, path_inside, png_inside, read_small_text
 from .folder import LABELS_FILE, describe_maps, paired_maps, read_labels
-from .maps import SemanticMapReader, class_of_value
+from .maps import SemanticMapReader, class_of_value, refuse_ignored_white
 from .palette import find_palette, is_palette, load_colors
 
 logger = logging.get_logger(__name__)
@@ -60,7 +60,7 @@ def load_camvid(
         skip_bad, annotation_frame: as in `load_folder`.
 
     Raises:
-        DatasetError: a folder is missing, or an image has no mask.
+        DatasetError: a folder is missing, an image has no mask, or the masks have only 0 and an ignored 255.
     """
     root, problems = Path(root), Problems(skip_bad)
     parts = find_parts(root)
@@ -92,7 +92,10 @@ def load_camvid(
     if names == CLASSES:
         classes.setdefault(len(CLASSES), -1)
     features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
-    data = lazy_dataset(columns, features, SemanticMapReader(description, classes, has_instances=False))
+    reader = SemanticMapReader(description, classes, has_instances=False)
+    data = lazy_dataset(columns, features, reader)
+    if own is None or kind_of_part(own) == "train":  # a small part for validation may have no object
+        refuse_ignored_white(data, reader.values, ignore_index, False)
     return data if own is not None else hold_out(data, split, str(root))
 
 

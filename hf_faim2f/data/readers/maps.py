@@ -68,6 +68,11 @@ class MapReader(ItemReader):
         """Names of the image column and the map column."""
         return self.image, self.annotation
 
+    def values(self, row: Mapping[str, Any]) -> list[int]:
+        """The distinct values in a row's map, which has one channel."""
+        source = source_of(row[self.annotation])
+        return index_values(read_map(source, *read_header(source)[1:]))[0]
+
     @abstractmethod
     def segments(self, source: Source, height: int, width: int) -> Segments:
         """The segments of a map of this size.
@@ -211,11 +216,25 @@ def class_of_value(num_labels: int, ignore_index: int | None = 255, reduce_label
 
     Args:
         num_labels: number of classes.
-        ignore_index: the value of pixels without a class; None if there is none. A class with the same value takes
-            precedence. If it is None and the values are 0 and 1, 255 means the same as 1, as in binary masks.
+        ignore_index: the value of pixels without a class; None if there is none. 255, the default, yields to a class of
+            that value. If it is None and the values are 0 and 1, 255 means the same as 1, as in binary masks.
         reduce_labels: values are class + 1, and 0 is no class, as in ADE20K's files.
+
+    Raises:
+        DatasetError: `ignore_index` is the value of a class, but not 255.
     """
     first = 1 if reduce_labels else 0
+    if ignore_index not in (None, WHITE) and ignore_index in range(first, first + num_labels):
+        raise DatasetError(
+            f"The value {ignore_index} is to be ignored (ignore_index), but is also that of one of the {num_labels} "
+            f"classes, {first} to {first + num_labels - 1}: "
+            + (
+                "name only the classes from 1 on and pass --reduce-labels (in Python reduce_labels=True), or leave "
+                "the option out."
+                if ignore_index == 0
+                else "if its name is the last, take it out of the labels, or else leave the option out."
+            )
+        )
     void = {} if ignore_index is None else {ignore_index: -1}
     if reduce_labels:
         void[0] = -1
@@ -237,11 +256,6 @@ class SemanticMapReader(MapReader):
 
     classes: Mapping[int, int]
     has_instances: bool = field(default=True, kw_only=True)
-
-    def values(self, row: Mapping[str, Any]) -> list[int]:
-        """The distinct values in a row's map."""
-        source = source_of(row[self.annotation])
-        return index_values(read_map(source, *read_header(source)[1:]))[0]
 
     def segments(self, source: Source, height: int, width: int) -> Segments:
         """One segment for each class in the map."""

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ...errors import DatasetError
 from ...files import files_below
-from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, lazy_dataset
+from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import (
     SUFFIXES_TRIED,
     AnnotationFrame,
@@ -41,7 +41,15 @@ from ..files import (
 )
 from ..item import index_values
 from .folder import read_labels
-from .maps import MapReader, Segments, SemanticMapReader, class_of_value, table_of
+from .maps import (
+    IgnoredWhiteError,
+    MapReader,
+    Segments,
+    SemanticMapReader,
+    class_of_value,
+    refuse_ignored_white,
+    table_of,
+)
 from .palette import VOC_BORDER, VOC_CLASSES, Palette, color_segments, find_palette, packed, unknown_colors, voc_palette
 
 logger = logging.get_logger(__name__)
@@ -84,7 +92,7 @@ def load_voc(
         annotation_frame: as in `load_folder`.
 
     Raises:
-        DatasetError: a folder or a list is missing, or an image has no mask.
+        DatasetError: a folder or a list is missing, an image has no mask, or class masks have only 0 and 255.
     """
     root = Path(root)
     folder = find_root(root)
@@ -120,6 +128,15 @@ def load_voc(
     )
     reader = VocReader(description, packed(colors), colors.name, str(folder / CLASSES), are_given)
     data = lazy_dataset(columns, {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}, reader)
+    # A small part for validation may have no object, and masks of given colors are not read by their values.
+    if not are_given and (part is None or kind_of_part(part) in (None, "train")):
+        try:
+            refuse_ignored_white(data, reader.values, BORDER, False)
+        except IgnoredWhiteError as error:
+            raise DatasetError(
+                f"The masks in {folder / CLASSES} have no values but 0 and {BORDER}, and {BORDER} is a border, which "
+                "has no class: save objects with the value 1, and name two classes, the background first."
+            ) from error
     return data if part is not None else hold_out(data, split, str(root))
 
 
