@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_faim2f.data import DatasetError, class_map, describe, load_ade20k_parquet, load_hub
+from hf_faim2f.data.dataset import reader_of
 from hf_faim2f.data.readers.hub import in_split
 from tests.support.hub_data import MASK, memory, png, rows, write_parquet
 from tests.support.image_files import photo, save
@@ -136,6 +137,31 @@ def test_instances(tmp_path: Path) -> None:
 def test_columns_are_guessed(image: str, annotation: str) -> None:
     features = datasets.Features({annotation: datasets.Image(), image: datasets.Image()})
     check(load_hub(datasets.Dataset.from_dict(rows(3, image, annotation), features), labels=LABELS))
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "expected"),
+    [
+        ("instance", ("semantic_mask", "instance_mask"), "instance_mask"),
+        ("instance", ("semantic_segmentation", "Instances", "annotation"), "Instances"),
+        ("instance", ("semantic_mask", "mask"), "mask"),
+        ("instance", ("instance_a", "instance_b", "annotation"), "annotation"),
+        ("instance", ("semantic_mask",), "semantic_mask"),
+        ("instance", ("instance_a", "instance_b"), None),
+        ("instance", ("semantic_mask", "depth"), None),
+        ("semantic", ("instance_mask", "semantic_mask"), "semantic_mask"),
+    ],
+)
+def test_the_column_of_the_task(task: Any, columns: tuple[str, ...], expected: str | None) -> None:
+    values = {"image": rows(1)["image"]}
+    for number, name in enumerate(columns):
+        values[name] = [{"bytes": png(np.full((2, 3), 1000 + number, dtype=np.uint16)), "path": None}]
+    dataset = datasets.Dataset.from_dict(values, datasets.Features({name: datasets.Image() for name in values}))
+    if expected is None:
+        with pytest.raises(DatasetError, match=r"segmentations in .*: rename it to annotation, or pass image_column"):
+            load_hub(dataset, labels=LABELS, task=task)
+    else:
+        assert reader_of(load_hub(dataset, labels=LABELS, task=task)).source_columns == ("image", expected)
 
 
 def test_several_splits_and_streams_are_refused() -> None:

@@ -73,7 +73,7 @@ def load_hub(
     trusted = isinstance(source, datasets.Dataset)
     dataset = source if isinstance(source, datasets.Dataset) else _load(source, split, problems)
     name = "the dataset" if trusted else str(source)
-    image, annotation = _columns(dataset, name, image_column, map_column)
+    image, annotation = _columns(dataset, name, task, image_column, map_column)
     for column in (image, annotation):
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, IMAGE_FEATURE)
@@ -264,8 +264,13 @@ def in_split(parts: Sequence[str], split: str) -> bool:
     return False
 
 
-def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map_column: str | None) -> tuple[str, str]:
+def _columns(
+    dataset: datasets.Dataset, name: str, task: Task, image_column: str | None, map_column: str | None
+) -> tuple[str, str]:
     """The names of the image column and the segmentation column.
+
+    For the task "instance", a column with that word in its name is preferred to all others, and none with "semantic" is
+    chosen among several.
 
     Raises:
         DatasetError: they cannot be guessed.
@@ -281,15 +286,18 @@ def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map
         image_column = _guess(free, IMAGE_NAMES)
         free = [column for column in free if column != image_column]
     if map_column is None:
-        # If only one column is left, any name will do.
-        map_column = _guess(free, MAP_NAMES) or (free[0] if len(free) == 1 and image_column else None)
+        named = [column for column in free if "instance" in column.lower()] if task == "instance" else []
+        others = [column for column in free if task != "instance" or "semantic" not in column.lower()]
+        map_column = named[0] if len(named) == 1 else _guess(others, MAP_NAMES)
+        if map_column is None and len(free) == 1 and image_column:  # any name will do
+            map_column = free[0]
     if image_column is None and len(free) == 2 and map_column in free:
         image_column = next(column for column in free if column != map_column)
     if image_column is None or map_column is None or image_column == map_column:
-        missing = "images" if image_column is None else "segmentations"
+        missing, usual = ("images", IMAGE_NAMES) if image_column is None else ("segmentations", MAP_NAMES)
         raise DatasetError(
-            f"The column of {missing} in {name} cannot be determined: name it with image_column and map_column. "
-            f"Its columns: {listing}."
+            f"The column of {missing} in {name} cannot be determined: rename it to {usual[0]}, or pass image_column "
+            f"and map_column in Python. Its columns: {listing}."
         )
     return image_column, map_column
 
