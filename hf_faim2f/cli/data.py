@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..data import check
 from ..data.annotations import TARGETS
 from ..data.convert import convert_data
-from ..data.counts import aligned, number_of
+from ..data.counts import aligned, crowd_note, number_of
 from ..data.dataset import kind_of_part, without_bad_items
 from ..data.formats import OpenData
 from ..errors import SettingsError
@@ -157,6 +157,8 @@ def _check(settings: CheckSettings, emit: Callable[[Any], None]) -> int:
         say(f"{name}: {_size_line(part)}{crowds}{limited}.")
     for line in _table(report):
         say(line)
+    if all_crowds := sum(part.crowds for part in report.parts.values()):
+        say(crowd_note(all_crowds, sum(int(part.segments.sum()) for part in report.parts.values())))
     if unread := check.unread_note(settings.data, parts):
         say(unread)
     allowed = settings.allow or ()

@@ -295,14 +295,19 @@ def query_note(counts: ClassCounts, queries: int) -> str | None:
     )
 
 
+def crowd_note(crowds: int, segments: int) -> str:
+    """A sentence about data with crowds, and with a number of other segments."""
+    return (
+        f"{crowds:,} of the {crowds + segments:,} segments are crowds (iscrowd 1): they are not training targets, and "
+        "neither right nor wrong in an evaluation. If they are single objects (CVAT's exports call every mask a "
+        'crowd), write "iscrowd": 0.'
+    )
+
+
 def _common_notes(counts: ClassCounts) -> list[str]:
     notes = []
     if counts.crowds:
-        everything = counts.crowds + sum(counts.segments)
-        notes.append(
-            f"{counts.crowds:,} of the {everything:,} segments are crowds (iscrowd 1): they are not training targets, "
-            "and neither right nor wrong in an evaluation."
-        )
+        notes.append(crowd_note(counts.crowds, sum(counts.segments)))
     everywhere = counts.unlabelled + sum(counts.pixels)
     if counts.task == "semantic" and len(counts.labels) > 1 and counts.unlabelled > MOST_UNLABELLED * everywhere:
         notes.append(
@@ -336,6 +341,7 @@ __all__ = [
     "check_targets",
     "class_table",
     "count_classes",
+    "crowd_note",
     "evaluation_notes",
     "number_of",
     "query_note",

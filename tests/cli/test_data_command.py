@@ -127,6 +127,20 @@ def test_annotations_of_stored_pixels_and_points_outside(tmp_path: Path, capsys:
     assert "unclear" not in kinds(check(capsys, root, "--draw", "0", "--annotation-frame", "upright"))
 
 
+def test_crowds_are_no_problem_but_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """COCO has crowds. CVAT exports every mask as one."""
+    root = write_tree("coco", tmp_path / "data", 2)
+    path = root / "train" / "_annotations.coco.json"
+    document = json.loads(path.read_text())
+    document["annotations"][0]["iscrowd"] = 1
+    path.write_text(json.dumps(document))
+    words = ["data", "check", str(root), "--out", str(tmp_path), "--draw", "0", "--allow", "absent"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "1 crowd." in printed and "segments are crowds (iscrowd 1)" in printed
+    assert "CVAT" in printed and 'write "iscrowd": 0.' in printed and "No problems found." in printed
+
+
 def test_mistakes_of_use_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_tree("yolo", tmp_path / "data")
     (tmp_path / "full").mkdir()

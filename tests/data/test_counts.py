@@ -195,7 +195,11 @@ def test_crowds_alone_are_nothing_to_learn_from(tmp_path: Path) -> None:
     counts = count_classes(data, describe(data))
     assert counts.crowds == 1 and not counts.targets and counts.pixels == (0,)
     crowds, absent = evaluation_notes(counts)
-    assert crowds.startswith("1 of the 1 segments are crowds (iscrowd 1)") and absent.endswith("in the means: cell.")
+    assert (
+        crowds.startswith("1 of the 1 segments are crowds (iscrowd 1)")
+        and "CVAT" in crowds
+        and absent.endswith("in the means: cell.")
+    )
     with pytest.raises(DatasetError, match=r"All 1 segment of .* are crowds \(iscrowd 1\)"):
         check_targets(counts, describe(data).name)
 
