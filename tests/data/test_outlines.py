@@ -265,6 +265,56 @@ def test_labels_without_an_image_are_said(tmp_path: Path, monkeypatch: pytest.Mo
     ]
 
 
+def test_label_files_in_capitals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("hf_faim2f.data.readers.yolo.logger.warning_once", told.append)
+    root = yolo(tmp_path, "labels/train/a.TXT")
+    assert len(load_yolo(root)[0]["classes"]) == 2
+    (root / "labels" / "train" / "a.TXT").rename(root / "images" / "train" / "a.TXT")
+    write(root / "labels" / "train" / "b.TXT", line(3, TRIANGLE))
+    assert len(load_yolo(root)[0]["classes"]) == 2 and "such as b.TXT: not used" in told[0]
+
+
+def test_absolute_paths_through_a_link_to_the_folder(tmp_path: Path) -> None:
+    root, link = yolo(tmp_path / "disk" / "data"), tmp_path / "home"
+    link.symlink_to(root)
+    for written in (link, root):
+        write(root / "train.txt", f"{written}/images/train/a.jpg\n")
+        for train in (f"{written}/images/train", f"{written}/train.txt", "train.txt"):
+            assert len(load_yolo(yolo(link, train=train))) == 1
+        assert len(load_yolo(yolo(link, path=f"{written}/images", train="train"))) == 1
+    for outside in (tmp_path / "disk" / "other", f"{link}/../other", f"{link}2/images"):
+        with pytest.raises(DatasetError, match="lies outside"):
+            load_yolo(yolo(link, train=str(outside)))
+
+
+BOX = [5.0, 5.0, 30.0, 5.0, 30.0, 20.0, 5.0, 20.0]
+OBLIQUE = [5.0, 9.0, 30.0, 5.0, 33.0, 20.0, 8.0, 24.0]
+
+
+@pytest.mark.parametrize("form", ["yolo", "coco"])
+def test_objects_of_four_corners_may_be_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("hf_faim2f.data.readers.outlines.logger.warning_once", told.append)
+
+    def load(*outlines: list[float]) -> Any:
+        if form == "yolo":
+            write(yolo(tmp_path) / "labels/train/a.txt", "\n".join(line(0, outline) for outline in outlines))
+            return load_yolo(tmp_path)
+        photo(tmp_path / "train" / "a.jpg")
+        annotations = [
+            {"id": k, "image_id": 7, "category_id": 1, "segmentation": [outline]} for k, outline in enumerate(outlines)
+        ]
+        write(tmp_path / "train" / "_annotations.coco.json", document(annotations=annotations))
+        return load_coco(tmp_path)
+
+    assert len(load(BOX, OBLIQUE, [*BOX, *BOX[:2]])[0]["classes"]) == 3
+    assert len(told) == 1 and "has only polygons of four corners (3 objects were inspected)" in told.pop()
+    load(BOX, TRIANGLE)
+    load()
+    assert not told
+
+
 def test_labels_are_of_the_upright_image_unless_said(tmp_path: Path) -> None:
     root = yolo(tmp_path)
     photo(root / "images/train/a.jpg", orientation=6)  # 60x40 upright
@@ -503,7 +553,24 @@ def test_an_image_path_of_another_image(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="2.json has the imagePath '1.jpg', which is another image than 2.jpg"):
         load_labelme(tmp_path, "all")
     (tmp_path / "2.jpg").unlink()
-    assert len(load_labelme(tmp_path, "all")) == 2
+    (tmp_path / "1.json").unlink()
+    assert len(load_labelme(tmp_path, "all")) == 1
+
+
+def test_two_files_of_one_image(tmp_path: Path) -> None:
+    """Each would teach the objects of the other as background."""
+    labelme(tmp_path / "a-old.json", [shape("ring", SQUARE)], imagePath="a.jpg")
+    (tmp_path / "a-old.jpg").unlink()
+    labelme(tmp_path / "a.json", [shape("ring", SQUARE)])
+    words = r"a\.json and a-old\.json are of the same image a\.jpg: remove one of them"
+    with pytest.raises(DatasetError, match=words):
+        load_labelme(tmp_path, "all")
+    assert len(load_labelme(tmp_path, "all", skip_bad=True)) == 1
+    photo(tmp_path / "train" / "b.jpg")
+    entries = [{"id": k, "file_name": "b.jpg", "height": HEIGHT, "width": WIDTH} for k in (7, 8)]
+    write(tmp_path / "train" / "_annotations.coco.json", document(images=entries))
+    with pytest.raises(DatasetError, match=r"has the images 7 and 8 of the same file b\.jpg: give all"):
+        load_coco(tmp_path)
 
 
 def test_suffixes_in_capitals(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from ..files import (
 )
 from ..item import Item, SegmentCounts, index_values, make_item
 from .coco_document import CocoDocument
-from .outlines import Frame, OutlineReader, stated_box
+from .outlines import Frame, OutlineReader, stated_box, warn_of_boxes
 
 # The annotations of an image are stored as JSON text, because polygons and run lengths have no common Arrow type.
 TEXT = datasets.Value("large_string")
@@ -98,7 +98,9 @@ def instance_dataset(
         if keep_empty or not all(annotation["crowd"] for annotation in of_image)
     }
     reader = CocoInstanceReader(document.describe(task, annotation_frame), str(document.path))
-    return lazy_dataset(document.columns(own), {**document.features(), "annotations": TEXT}, reader)
+    data = lazy_dataset(document.columns(own), {**document.features(), "annotations": TEXT}, reader)
+    warn_of_boxes(data, reader)
+    return data
 
 
 def _instance(annotation: dict[str, Any], label: int, name: str) -> dict[str, Any]:

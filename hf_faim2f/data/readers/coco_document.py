@@ -98,7 +98,8 @@ class CocoDocument:
         return document
 
     def _read_images(self) -> None:
-        entries: dict[str, str] = {}  # the `file_name` in the JSON for each image file that was found
+        # The `file_name` in the JSON, and the id, for each image file that was found.
+        entries: dict[str, tuple[str, int | str]] = {}
         for entry in self.raw["images"]:
             image_id, height, width = entry.get("id"), entry.get("height"), entry.get("width")
             try:
@@ -124,10 +125,16 @@ class CocoDocument:
                     name = next((other for other in others if (self.image_folder / other).is_file()), None)
                 if name is None:
                     raise DatasetError(f"There is no file {file}, which {self.path} names.")
-                if entries.setdefault(name, entry["file_name"]) != entry["file_name"]:
+                stated, owner = entries.setdefault(name, (entry["file_name"], image_id))
+                if stated != entry["file_name"]:
                     raise DatasetError(
-                        f"{self.path} names {entries[name]} and {entry['file_name']}, and {self.image_folder} has only "
+                        f"{self.path} names {stated} and {entry['file_name']}, and {self.image_folder} has only "
                         f"{name} for both: put each image where the file says."
+                    )
+                if owner != image_id:
+                    raise DatasetError(
+                        f"{self.path} has the images {owner} and {image_id} of the same file {name}: give all of its "
+                        "annotations the same image_id, and remove the other image."
                     )
             except DatasetError as error:
                 self.mark_unusable(image_id, error)

@@ -120,6 +120,7 @@ def load_labelme(
         name: [] for name in ("image", "file_name", "image_id", "height", "width", "annotations")
     }
     images: dict[Path, Path] = {}
+    owners: dict[Path, Path] = {}
     without_area: Counter[str] = Counter()
     for path, document in documents.items():
         if part is not None and parts[path] != part:
@@ -127,8 +128,10 @@ def load_labelme(
         without_area.update(one["label"] for one in document.shapes if one.get("shape_type") in WITHOUT_AREA)
         try:
             source = document.image()
-            images[path] = Path(source["path"])
+            image = images[path] = Path(source["path"])
             objects = document.objects(ids, task)
+            if (owner := owners.setdefault(image, path)) != path:
+                raise DatasetError(f"{path} and {owner.name} are of the same image {image.name}: remove one of them.")
         except DatasetError as error:
             problems.add(error)
             continue

@@ -21,7 +21,7 @@ from ..item import INSTANCES_PER_CLASS, WHITE, Item, SegmentCounts, index_values
 
 # The value of the object in binary masks with 8 or 16 bits.
 WHITES = (WHITE, 65535)
-# Number of maps to inspect to decide whether a dataset has binary masks.
+# Number of images to inspect to decide whether a dataset has binary masks, or boxes in place of outlines.
 MOST_INSPECTED = 64
 
 

@@ -15,15 +15,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as coco_mask
+from transformers.utils import logging
 
 from ...errors import DatasetError
 from ...masks import decode_run_lengths, is_finite, to_run_lengths
-from ..dataset import ItemReader
+from ..dataset import ItemReader, from_rows
 from ..files import read_header, read_with_orientation, turn_upright
 from ..item import Item, SegmentCounts, class_map, make_item, paint_masks
+from .maps import MOST_INSPECTED
+
+logger = logging.get_logger(__name__)
 
 BACKGROUNDS = ("background", "_background_")
 # Hand-drawn polygons may cross the edge of the image by this many pixels without being reported.
@@ -173,6 +178,45 @@ class OutlineReader(ItemReader):
         return DatasetError(f"{self.source(row)}: {entry['name']}: {error}.")
 
 
+def warn_of_boxes(dataset: datasets.Dataset, reader: OutlineReader) -> None:
+    """Warns if every object is a polygon of four corners, as tools write boxes and oriented boxes.
+
+    Inspects images until one has another object, usually the first, but at most `MOST_INSPECTED`.
+
+    Args:
+        dataset: the dataset.
+        reader: its reader.
+    """
+    count = len(dataset)
+    inspected = min(count, MOST_INSPECTED)
+
+    def are_boxes(row: Mapping[str, Any]) -> list[bool]:
+        try:
+            return [_has_four_corners(entry["segmentation"]) for entry in reader.objects(row, 1, 1)]
+        except DatasetError:  # will be raised or skipped when the item is read
+            return []
+
+    boxes_at, found = from_rows(dataset, are_boxes), 0
+    for k in range(inspected):
+        boxes = boxes_at(k * count // inspected)
+        if not all(boxes):
+            return
+        found += len(boxes)
+    if found:
+        logger.warning_once(
+            f"{reader.description.name} has only polygons of four corners ({found:,} objects were inspected). If they "
+            "are boxes or oriented boxes, a model learns to fill these: annotate outlines or masks."
+        )
+
+
+def _has_four_corners(segmentation: Any) -> bool:
+    """Whether a segmentation is one polygon of four corners, of which the first may be repeated at the end."""
+    if not isinstance(segmentation, list) or len(segmentation) != 1 or not isinstance(segmentation[0], list):
+        return False
+    numbers = segmentation[0]
+    return len(numbers) == 8 or (len(numbers) == 10 and numbers[:2] == numbers[-2:])
+
+
 def _is_outside(entry: Mapping[str, Any], height: int, width: int) -> bool:
     """Whether an object's polygons or stated box leave the image by more than `TOLERANCE`."""
     polygons = entry["segmentation"] if isinstance(entry["segmentation"], list) else []
@@ -204,4 +248,4 @@ def merge_classes(item: Item, labels: tuple[str, ...]) -> Item:
     return make_item(item["image"], table[classes], found, item["image_id"], item["file_name"])
 
 
-__all__ = ["BACKGROUNDS", "Frame", "OutlineReader", "merge_classes", "stated_box"]
+__all__ = ["BACKGROUNDS", "Frame", "OutlineReader", "merge_classes", "stated_box", "warn_of_boxes"]

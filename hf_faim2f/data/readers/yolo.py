@@ -33,7 +33,7 @@ from ...files import YamlLoader, yaml_problem
 from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import AnnotationFrame, file_source, list_images, path_inside, read_small_text
 from .folder import read_labels
-from .outlines import OutlineReader
+from .outlines import OutlineReader, warn_of_boxes
 
 logger = logging.get_logger(__name__)
 
@@ -152,6 +152,7 @@ def load_yolo(
     )
     reader = YoloReader(description, {number: index for index, number in enumerate(names)})
     data = lazy_dataset(columns, {**ROW_FEATURES, "labels": datasets.Value("string")}, reader)
+    warn_of_boxes(data, reader)
     return data if part is not None else hold_out(data, split, str(root))
 
 
@@ -210,10 +211,8 @@ def _base(content: Mapping[Any, Any], settings: Path) -> Path:
     path, folder = content.get("path"), settings.parent
     if not isinstance(path, str) or "\0" in path:
         return folder
-    root = folder.resolve()
-    place = Path(os.path.normpath(root / path))
-    if place.is_relative_to(root):
-        own = folder / place.relative_to(root)
+    place = Path(os.path.normpath(folder.resolve() / path))
+    if own := _own_path(place, folder):
         return own if os.path.isdir(own) else folder
     if os.path.isdir(place) and not os.path.samefile(place, folder):
         logger.warning_once(
@@ -230,7 +229,7 @@ def _listed(value: Any, base: Path, settings: Path, problems: Problems) -> list[
         place = _inside(entry, base, settings)
         if place.is_dir():
             images.update(dict.fromkeys(list_images(place)))
-        elif place.suffix == ".txt" and place.is_file():
+        elif place.suffix.lower() == ".txt" and place.is_file():
             for line in read_small_text(place).split("\n"):
                 if not line.strip():
                     continue
@@ -255,8 +254,8 @@ def _inside(name: Any, base: Path, named_by: Path) -> Path:
         if "\\" in name and not os.path.exists(base / name):  # written on Windows
             name = name.replace("\\", "/")
         path = Path(name)
-        if path.is_absolute() and ".." not in path.parts and path.is_relative_to(base.resolve()):
-            return base / path.relative_to(base.resolve())
+        if path.is_absolute() and ".." not in path.parts and (own := _own_path(path, base)):
+            return own
         if name.startswith("../"):
             name = name[3:]
         elif name.startswith("./"):
@@ -264,11 +263,20 @@ def _inside(name: Any, base: Path, named_by: Path) -> Path:
     return path_inside(base, name, str(named_by))
 
 
+def _own_path(path: Path, folder: Path) -> Path | None:
+    """The path in a folder of an absolute path, which may name the folder by a link to it; None if it is outside."""
+    roots = (folder.resolve(), Path(os.path.abspath(folder)))
+    return next((folder / path.relative_to(root) for root in roots if path.is_relative_to(root)), None)
+
+
 def _label_file(image: Path, root: Path) -> Path | None:
-    """The label file of an image, or None: its path with the last `images` replaced by `labels`, or beside it."""
-    beside = image.with_suffix(".txt")
-    apart = _in_labels(beside, root)
-    return next((path for path in (apart, beside) if path is not None and path.is_file()), None)
+    """The label file of an image, or None: its path with the last `images` replaced by `labels`, or beside it.
+
+    The suffix may be in capitals.
+    """
+    beside = [image.with_suffix(suffix) for suffix in (".txt", ".TXT")]
+    apart = [_in_labels(path, root) for path in beside]
+    return next((path for path in (*apart, *beside) if path is not None and path.is_file()), None)
 
 
 def _in_labels(path: Path, root: Path) -> Path | None:
@@ -288,7 +296,7 @@ def _warn_of_spare_labels(images: Iterable[Path], root: Path) -> None:
         if labels is None or not labels.parent.is_dir():
             continue
         stems = {path.stem for path in folder.iterdir()}
-        files = (path for path in labels.parent.glob("[!.]*.txt") if path.is_file() and path.stat().st_size)
+        files = (path for path in labels.parent.glob("[!.]*.[tT][xX][tT]") if path.is_file() and path.stat().st_size)
         spare = sorted(path for path in files if path.stem not in stems)
         if spare:
             number = f"{len(spare)} label files" if len(spare) > 1 else "a label file"
@@ -359,7 +367,7 @@ def has_labels(root: Path) -> bool:
     """Whether a folder without a YAML file has YOLO's class names and label files."""
     if not any((root / name).is_file() for name in NAMES_FILES):
         return False
-    return any(next(folder.rglob("*.txt"), None) for folder in [root / "labels", *root.glob("*/labels")])
+    return any(next(folder.rglob("*.[tT][xX][tT]"), None) for folder in [root / "labels", *root.glob("*/labels")])
 
 
 __all__ = ["find_yaml", "has_labels", "load_yolo"]
