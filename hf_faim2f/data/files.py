@@ -27,7 +27,7 @@ from transformers.utils import logging
 from ..errors import DatasetError
 from ..files import files_below, read_text, warn_of_unread
 from ..model.channels_faim2f import RGB
-from ..model.image_bands_faim2f import ARRAY_SUFFIXES, Bands, bands_header, check_pixels
+from ..model.image_bands_faim2f import ARRAY_SUFFIXES, Bands, bands_header, check_pixels, warn_of_pages
 from ..model.image_files_faim2f import (
     EXIF_TURNS,
     IMAGE_SUFFIXES,
@@ -146,6 +146,7 @@ def read_with_orientation(source: Source, num_channels: int = RGB) -> tuple[Tens
         return pixels, decoded.orientation, isinstance(decoded, Decoded) and num_channels == RGB
 
     with _opened(source) as file:
+        warn_of_pages(file, source_name(source))
         pixels, orientation, is_picture = _named(source, "image 0", read)
     if is_picture or (len(pixels) == 1 and num_channels == RGB):
         pixels = pixels.expand(RGB, -1, -1)

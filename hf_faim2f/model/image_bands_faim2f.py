@@ -32,6 +32,7 @@ STRIP_ROWS, COUNTS, LAYOUT, PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TI
     278, 279, 284, 317, 322, 323, 324, 325,
 )  # fmt: skip
 SAMPLE_FORMAT, MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE = 339, 281, 341
+SUBFILE_TYPE = 254
 KINDS = {1: "u", 2: "i", 3: "f"}
 DEFLATE, BY_LIBTIFF = (8, 32946), (5, 32773, 50000)  # LZW, PackBits, Zstandard
 NOT_LOSSLESS = "uncompressed, Deflate, LZW, PackBits and Zstandard files are read"
@@ -215,6 +216,35 @@ def _tiff_tags(file: BinaryIO) -> Any:
     return tags
 
 
+def warn_of_pages(source: Any, name: str) -> None:
+    """Warns, once for each folder, of a TIFF file with several pages, of which only the first is read.
+
+    A second page of another size, or marked as smaller or as a mask, belongs to the first, like a camera's thumbnail.
+
+    Args:
+        source: a path or an open binary file.
+        name: path of the image.
+    """
+
+    def read(file: BinaryIO) -> bool:
+        tags = _tiff_tags(file)
+        if tags is None or not tags.next:
+            return False
+        try:
+            size = tags.get(WIDTH), tags.get(HEIGHT)
+            file.seek(tags.next)
+            tags.load(file)
+            return size == (tags.get(WIDTH), tags.get(HEIGHT)) and not _number(tags, SUBFILE_TYPE, 0) & 5
+        except Exception:  # the first page may be readable
+            return False
+
+    if _with_file(source, read):
+        logger.warning_once(
+            f"{os.path.dirname(name) or name} has TIFF files of several pages, of which only the first is read: save "
+            "each page as a file of its own."
+        )
+
+
 def _number(tags: Any, tag: int, default: int) -> int:
     value = tags.get(tag, default)
     return int(value[0] if isinstance(value, tuple) else value)
@@ -378,4 +408,5 @@ __all__ = [
     "read_bands",
     "these_channels_first",
     "tiff_bands",
+    "warn_of_pages",
 ]

@@ -38,6 +38,28 @@ def test_image_is_rgb_uint8(tmp_path: Path) -> None:
     assert torch.equal(files.read_image({"bytes": (tmp_path / "a.png").read_bytes(), "path": "x"}), image)
 
 
+def test_further_pages_of_a_tiff_file_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not smaller ones, which belong to the first, and not the frames of other formats."""
+    said: list[str] = []
+    monkeypatch.setattr("hf_faim2f.model.image_bands_faim2f.logger.warning_once", said.append)
+    pages = [Image.fromarray(photo(5, 6, seed)) for seed in range(3)]
+    thumbnail = pages[1].resize((3, 2))
+    for name, more in (("one.tif", []), ("small.tif", [thumbnail]), ("frames.gif", pages[1:]), ("one.png", [])):
+        pages[0].save(tmp_path / name, save_all=True, append_images=more)
+        assert files.read_image(source(tmp_path / name)).shape == (3, 5, 6)
+    assert not said
+    for name, big in (("two.tif", False), ("big.tif", True)):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:], big_tiff=big)
+        np.testing.assert_array_equal(files.read_image(source(tmp_path / name)).permute(1, 2, 0), photo(5, 6))
+    assert len(said) == 2 and set(said) == {
+        f"{tmp_path} has TIFF files of several pages, of which only the first is read: save each page as a file of its "
+        "own."
+    }
+    content = (tmp_path / "two.tif").read_bytes()
+    files.read_image({"bytes": content, "path": None})
+    assert said[2].startswith("an image without file name has TIFF files")
+
+
 def test_gray_alpha_and_sixteen_bits(tmp_path: Path) -> None:
     gray = photo(5, 6)[..., 0]
     image = files.read_image(source(save(tmp_path / "gray.png", gray)))
