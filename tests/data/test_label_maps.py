@@ -328,12 +328,22 @@ def test_forms_of_palettes(tmp_path: Path, text: str) -> None:
         ("a 1 2 3\nb 1 2 3\n", "color .1, 2, 3. twice"),
         ("a 1 2 3\na 3 2 1\n", "class name 'a' twice"),
         ("void 0 0 0\n", "has no class"),
+        ("void 0 0 0 0\nroad 128 64 128 255\nsky 70 130 180 255\n", "a further number on each line"),
+        ("0,road,128,64,128\n1,low wall,70,130,180\n", "a further number on each line"),
+        ("128 64 128 255 road\n70 130 180 255 sky\n", "a further number on each line"),
     ],
 )
 def test_unusable_palettes(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "p.txt").write_text(text)
     with pytest.raises(DatasetError, match=words):
         read_palette(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("text", ["zone 1 0 9 255\nzone 2 9 0 255\n", "2 cents 1 1 1\nsky 9 0 0\n", "lane 1 9 9 255"])
+def test_names_may_have_numbers(tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.txt").write_text(text)
+    expected = tuple(line.rsplit(" ", 3)[0] for line in text.strip().split("\n"))
+    assert read_palette(tmp_path / "p.txt").labels == expected
 
 
 @pytest.mark.parametrize("divided", [True, False])

@@ -35,6 +35,8 @@ VOC_BORDER = (224, 224, 192)
 NO_CLASS = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled", "_void_")
 _FIRST = re.compile(r"^(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\S.*)$")
 _LAST = re.compile(r"^(\S.*?)[\s,:;=]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})(?:\s*:.*)?$")
+_NUMBER_FIRST = re.compile(r"^\d+[\s,:;]+\S")
+_NUMBER_LAST = re.compile(r"^(\S.*?)[\s,:;=]+\d{1,3}$")
 _HEX = re.compile(r"^(\S.*?)[\s,:;=]+#([0-9a-fA-F]{6})$")
 
 
@@ -79,10 +81,10 @@ def read_palette(path: Path) -> Palette:
     """Reads a palette in one of the formats in the module's docstring.
 
     Raises:
-        DatasetError: it cannot be read, a line has none of these formats, or a name or a color is repeated.
+        DatasetError: it cannot be read, a line has none of these formats, all lines have a further number, or a name or
+            a color is repeated.
     """
-    labels: list[str] = []
-    classes: dict[Color, int] = {}
+    lines: list[tuple[str, Color]] = []
     for number, line in enumerate(read_small_text(path).split("\n"), 1):
         text = line.strip()
         if not text or text.startswith(("#", "//")) or re.fullmatch(r"name[\s,]+r[\s,]+g[\s,]+b", text.lower()):
@@ -92,7 +94,15 @@ def read_palette(path: Path) -> Palette:
             raise DatasetError(
                 f"{path} has no name and color in line {number}: write `name r g b`, such as `sky 0 0 255`."
             )
-        name, color = found
+        lines.append(found)
+    if len(lines) > 1 and _have_further_number(lines):
+        raise DatasetError(
+            f"{path} has a further number on each line, such as an id or alpha, beside name and color: write `name r g "
+            "b`, such as `sky 0 0 255`."
+        )
+    labels: list[str] = []
+    classes: dict[Color, int] = {}
+    for name, color in lines:
         if color in classes:
             raise DatasetError(f"{path} has the color {color} twice: one color stands for one class.")
         if name.lower() in NO_CLASS:
@@ -105,6 +115,15 @@ def read_palette(path: Path) -> Palette:
     if not labels:
         raise DatasetError(f"{path} has no class: write `name r g b` on each line.")
     return Palette(tuple(labels), classes, str(path))
+
+
+def _have_further_number(lines: Sequence[tuple[str, Color]]) -> bool:
+    """Whether all names contain a number of another column: in front of them an id, or behind them red, because the
+    last number, 0 or 255, is alpha. Names may have numbers of their own, such as `zone 1` and `zone 2`."""
+    if all(_NUMBER_FIRST.match(name) for name, _ in lines):
+        return True
+    names = {match[1] for name, _ in lines if (match := _NUMBER_LAST.match(name))}
+    return len(names) == len(lines) and {color[2] for _, color in lines} <= {0, 255}
 
 
 def _parse(text: str) -> tuple[str, Color] | None:
