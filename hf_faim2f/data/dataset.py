@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 import datasets
@@ -61,14 +60,6 @@ def source_of(value: Any) -> Source:
         f"{UNNAMED} has {'nothing' if value is None else type(value).__name__} where an image is expected: the "
         "entry is empty, or this is the wrong column."
     )
-
-
-def identity(row: Mapping[str, Any], image: str) -> tuple[int | str, str]:
-    """(image id, file name) of a row, by the name of its image column. Without a `file_name` column, the file name is
-    the image's, or else the id."""
-    image_id = row["image_id"]
-    path = str(source_of(row[image]).get("path") or "")
-    return image_id, row.get("file_name") or PurePath(path).name or str(image_id)
 
 
 @dataclass(frozen=True)
@@ -174,12 +165,15 @@ def lazy_dataset(columns: dict[str, list[Any]], features: dict[str, Any], reader
     """Creates a dataset whose rows are kept in memory as Arrow columns and converted to items by `reader`.
 
     Raises:
-        DatasetError: there are no rows.
+        DatasetError: there are no rows, or a file name is not UTF-8.
     """
     if not next(iter(columns.values())):
         sentences = [f"{reader.description.name} has no image that could be used.", *reader.description.skipped[:1]]
         raise DatasetError(" ".join(sentences))
-    return datasets.Dataset.from_dict(columns, datasets.Features(features)).with_transform(reader)
+    try:
+        return datasets.Dataset.from_dict(columns, datasets.Features(features)).with_transform(reader)
+    except UnicodeEncodeError as error:  # Python's stand-in for the bytes of such a name
+        raise DatasetError(f"The file name {error.object!a} is not UTF-8: rename the file, or remove it.") from error
 
 
 def hold_out(dataset: datasets.Dataset, wanted: str, name: str) -> datasets.Dataset:

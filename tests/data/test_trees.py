@@ -334,6 +334,17 @@ def test_folder_instance_values_that_mean_nothing(tmp_path: Path, mask: list[lis
         load_folder(tmp_path, task="instance")[0]
 
 
+def test_a_file_name_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    """As in an archive of an old system."""
+    write_folder(tmp_path, {"a": np.zeros((2, 3), dtype=np.uint8)})
+    for name in ("images/a.jpg", "masks/a.png"):
+        os.rename(tmp_path / name, os.fsencode(tmp_path / name).replace(b"/a.", b"/caf\xe9."))
+    with pytest.raises(
+        DatasetError, match=r"The file name '.*caf\\udce9.*' is not UTF-8: rename the file, or remove it"
+    ):
+        load_folder(tmp_path)
+
+
 def test_folder_errors(tmp_path: Path) -> None:
     mask = np.array([[0, 1, 2, 9, 10, 11, 12, 13]], dtype=np.uint8)
     write_folder(tmp_path, {"a": mask, "b": mask}, labels=None)

@@ -7,6 +7,7 @@ one segment.
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import datasets
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DatasetError
-from ..dataset import ItemReader, describe, from_rows, identity, source_of
+from ..dataset import ItemReader, describe, from_rows, source_of
 from ..files import Source, has_colors, is_transparent, read_colors, read_header, read_map, read_pair, source_name
 from ..item import INSTANCES_PER_CLASS, WHITE, Item, SegmentCounts, index_values, make_item
 
@@ -88,7 +89,7 @@ class MapReader(ItemReader):
             source_of(row[self.image]), source_of(row[self.annotation]), frame, self.description.num_channels
         )
         found = self.segments(source, image.shape[-2], image.shape[-1])
-        return make_item(image, found.ids(), found.classes, *identity(row, self.image), crowd=found.crowd)
+        return make_item(image, found.ids(), found.classes, *_identity(row, self.image), crowd=found.crowd)
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
         """Counts the segments in a row's map. Reads only the header of the image."""
@@ -299,6 +300,14 @@ def table_of(classes: list[int], places: Tensor) -> Segments:
     numbers = {cls: number for number, cls in enumerate(found)}
     table = torch.tensor([numbers.get(cls, -1) for cls in classes], dtype=torch.int32)
     return Segments(places, table, found, [False] * len(found))
+
+
+def _identity(row: Mapping[str, Any], image: str) -> tuple[int | str, str]:
+    """(image id, file name) of a row, by the name of its image column. Without a `file_name` column, the file name is
+    the image's, or else the id."""
+    image_id = row["image_id"]
+    path = str(source_of(row[image]).get("path") or "")
+    return image_id, row.get("file_name") or PurePath(path).name or str(image_id)
 
 
 class IgnoredWhiteError(DatasetError):
