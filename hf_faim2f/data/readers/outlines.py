@@ -204,8 +204,8 @@ def warn_of_boxes(dataset: datasets.Dataset, reader: OutlineReader) -> None:
         found += len(boxes)
     if found:
         logger.warning_once(
-            f"{reader.description.name} has only polygons of four corners ({found:,} objects were inspected). If they "
-            "are boxes or oriented boxes, a model learns to fill these: annotate outlines or masks."
+            f"{reader.description.name} has only polygons of four corners (inspected: {found:,}). If they are "
+            "boxes or oriented boxes, a model learns to fill these: annotate outlines or masks."
         )
 
 
