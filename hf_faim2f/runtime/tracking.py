@@ -18,6 +18,9 @@ from .prediction import Prediction, Segment
 
 # Seconds for which an object that is not detected keeps its id.
 MEMORY = 1.0
+# The most seconds, less than MEMORY, that pass for the library between two frames, however far apart they are. So an
+# object is remembered at least until the next frame, and forgotten if it is not there.
+LONGEST_STEP = 0.99
 # The lowest overlap with an object's predicted position: the mean of the IoU of boxes and that of masks.
 LEAST_OVERLAP = 0.1
 # The weight of the overlap with an object's position in the frame before, lower than that with its predicted one.
@@ -48,6 +51,7 @@ class Tracker:
         self.things: list[Segment] = []
         self.objects: dict[int, tuple[Any, int, Segment]] = {}  # by id() of the library's track
         self.count = 0
+        self.seconds = self.clock = 0.0  # the last frame's time, and the time that has passed for the library
 
     def update(self, prediction: Prediction, seconds: float) -> None:
         """Sets `Segment.track` of each thing in the prediction of the next frame.
@@ -56,6 +60,7 @@ class Tracker:
             prediction: instance or panoptic.
             seconds: the frame's time, later than that of the frame before.
         """
+        self.seconds, self.clock = seconds, self.clock + min(seconds - self.seconds, LONGEST_STEP)
         self.things = [segment for segment in prediction.segments if segment.class_id not in prediction.stuff_ids]
         boxes = np.array([_box(segment) for segment in self.things], dtype=np.float64).reshape(-1, 4)
         detections = supervision().Detections(
@@ -63,7 +68,7 @@ class Tracker:
             confidence=np.array([segment.score or 0.0 for segment in self.things]),
             data={"place": np.arange(len(boxes))},
         )
-        found = self.tracker.update(detections, timestamp=seconds)
+        found = self.tracker.update(detections, timestamp=self.clock)
         owners = {track.tracker_id: track for track in self.tracker.tracks if track.tracker_id >= 0}
         numbers = found.tracker_id if len(found) else []
         places = found.data["place"] if len(found) else []

@@ -287,6 +287,19 @@ def test_an_object_that_left_does_not_name_another_at_its_last_place() -> None:
         assert [thing.track for thing in things] == ([] if x is None else [1 if frame < 6 else 2]), frame
 
 
+@pytest.mark.parametrize("step", [1.0, 1.1, 60.0])
+def test_an_object_of_every_frame_keeps_its_identity_however_far_apart_they_are(step: float) -> None:
+    """As with --every, in time lapses and after gaps. One that is missing in a frame was out of sight for longer."""
+    pytest.importorskip("trackers")
+    tracker = Tracker()
+    for frame in range(6):
+        boxes = [(10, 10, 40, 40), (60, 60, 90, 90)][: 1 if frame == 3 else 2]
+        things = [Segment(0, "", 0.9, box, torch.ones(31, 31, dtype=torch.bool)) for box in boxes]
+        image = Image.new("RGB", (100, 100))
+        tracker.update(Prediction("instance", torch.zeros(100, 100), things, image, {}), 0.1 + step * frame)
+        assert [thing.track for thing in things] == [1, 2 if frame < 3 else 3][: len(boxes)], frame
+
+
 def test_an_object_keeps_its_color(digits: Path) -> None:
     """Checks the most frequent object, inside its mask."""
     lines, film = lines_of(digits / "out" / "clip.frames.jsonl"), read_film(digits / "out" / "clip.overlay.mp4")
