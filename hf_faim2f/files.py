@@ -218,7 +218,11 @@ class FoundFile(NamedTuple):
 
 
 def find_files(
-    words: Sequence[str], suffixes: Collection[str], kind: str, out: Path, otherwise: Collection[str] = ()
+    words: Sequence[str],
+    suffixes: Collection[str],
+    kind: str,
+    otherwise: Collection[str] = (),
+    is_output: Callable[[Path], bool] = lambda path: False,
 ) -> list[FoundFile]:
     """Finds the files named on the command line: files, folders (searched recursively) and glob patterns.
 
@@ -229,36 +233,37 @@ def find_files(
         words: the arguments.
         suffixes: file suffixes in lowercase.
         kind: what the files are called in messages, such as "image".
-        out: the output folder, which is not searched.
         otherwise: suffixes to search for in folders that have no files with `suffixes`.
+        is_output: recognizes outputs of earlier runs, which are skipped, even if they are named.
 
     Raises:
         SettingsError: an argument matches no file.
     """
     found: dict[str, FoundFile] = {}
-    inside = os.path.realpath(out) + os.sep
     for word in words:
         path = base = Path(word)
+        named: set[Path] = set()
         if path.is_dir():
             below = list(files_below(path))
-            files = [file for file in below if file.suffix.lower() in suffixes]
-            files = files or [file for file in below if file.suffix.lower() in otherwise]
         elif os.path.lexists(path):
-            found.setdefault(place_of(path), FoundFile(path, 1))
+            if not is_output(path):
+                found.setdefault(place_of(path), FoundFile(path, 1))
             continue
         elif glob.has_magic(word):
-            any_suffix, matches = not word.endswith("*"), files_of_pattern(word)
-            named = {match for match, itself in matches if itself and any_suffix}
-            below = [match for match, _ in matches if match not in named]
-            files = [match for match, _ in matches if match in named or match.suffix.lower() in suffixes]
-            base = above_pattern(word)
+            matches, base = files_of_pattern(word), above_pattern(word)
+            below = [match for match, _ in matches]
+            named = {match for match, itself in matches if itself and not word.endswith("*")}
         else:
             raise SettingsError(f"There is no file or folder {printable(word)}.")
-        files = [file for file in files if not place_of(file).startswith(inside)]
         if kind == "image":
-            warn_of_unread(printable(word), below, suffixes)
+            warn_of_unread(printable(word), (file for file in below if file not in named), suffixes)
+        matching = [file for file in below if file in named or file.suffix.lower() in suffixes]
+        files = [file for file in matching if not is_output(file)]
+        if not files and path.is_dir():
+            files = [file for file in below if file.suffix.lower() in otherwise and not is_output(file)]
         if not files:
-            raise SettingsError(f"There is no {kind} in {printable(word)} ({', '.join(suffixes)}).")
+            only = ", only outputs of earlier predictions" if matching else ""
+            raise SettingsError(f"There is no {kind} in {printable(word)} ({', '.join(suffixes)}){only}.")
         for file in files:
             depth = len(Path(os.path.relpath(file, base)).parts)
             found.setdefault(place_of(file), FoundFile(file, depth))
@@ -429,22 +434,7 @@ def _apply_umask(folder: Path) -> None:
 
 
 __all__ = [
-    "FoundFile",
-    "YamlLoader",
-    "above_pattern",
-    "check_empty_folder",
-    "check_new_folder",
-    "check_writable",
-    "decode_text",
-    "files_below",
-    "files_of_pattern",
-    "find_files",
-    "md5_of",
-    "new_folder",
-    "place_of",
-    "printable",
-    "read_object",
-    "read_text",
-    "sha256_of",
-    "write_whole",
-]
+    "FoundFile", "YamlLoader", "above_pattern", "check_empty_folder", "check_new_folder", "check_writable",
+    "decode_text", "files_below", "files_of_pattern", "find_files", "md5_of", "new_folder", "place_of", "printable",
+    "read_object", "read_text", "sha256_of", "write_whole",
+]  # fmt: skip

@@ -39,8 +39,8 @@ from tests.support.image_files import photo, save
 from tests.support.reference_models import info_file
 
 
-def find_images(words: list[str], out: Path) -> list[FoundFile]:
-    return find_files(words, IMAGE_SUFFIXES, "image", out)
+def find_images(words: list[str]) -> list[FoundFile]:
+    return find_files(words, IMAGE_SUFFIXES, "image")
 
 
 NAMES = ("a.jpg", "sub/b.jpg", "sub/c.txt", "sub/deep/d.jpg", "other/e.JPG", ".hidden/f.jpg", "sub/.g.jpg")
@@ -87,27 +87,27 @@ def test_links_that_lead_upward_are_not_walked(photos: Path, tmp_path: Path) -> 
     images = files_below(photos, IMAGE_SUFFIXES)
     assert sorted(path.relative_to(photos).as_posix() for path in images) == expected
     for word in (str(photos), str(photos / "**" / "*.[jJ][pP][gG]"), str(photos / "**")):
-        found = find_images([word], tmp_path / "out")
+        found = find_images([word])
         assert sorted(one.path.relative_to(photos).as_posix() for one in found) == expected, word
     # Files that are found several ways are listed once; a link to a file counts as a file.
     (photos / "a2.jpg").symlink_to(photos / "a.jpg")
-    found = find_images([str(photos), str(photos / "sub" / "up" / "a.jpg"), str(elsewhere)], tmp_path / "out")
+    found = find_images([str(photos), str(photos / "sub" / "up" / "a.jpg"), str(elsewhere)])
     assert sorted(one.path.name for one in found) == ["a.jpg", "a2.jpg", "b.jpg", "d.jpg", "e.JPG", "h.jpg"]
 
 
 def test_photographs_that_are_not_read_are_said(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Otherwise, nobody would notice that a phone's photographs are left out."""
     for word in (photos, photos / "*", photos / "**"):
-        assert find_images([str(word)], tmp_path / "out")
+        assert find_images([str(word)])
     assert not caplog.messages
     for name in ("x.HEIC", "sub/y.heic"):
         (photos / name).write_bytes(b"x")
     expected = "2 files are left out, such as {}, in a format that is not read: convert to JPEG or PNG."
     for word, first in ((photos, "x.HEIC"), (photos / "**", "y.heic")):
-        assert {one.path.suffix.lower() for one in find_images([str(word)], tmp_path / "out")} == {".jpg"}
+        assert {one.path.suffix.lower() for one in find_images([str(word)])} == {".jpg"}
         assert caplog.messages[-1] == f"{word}: {expected.format(first)}"
     # A named file is tried.
-    assert len(find_images([str(photos / "*.HEIC"), str(photos / "sub" / "y.heic")], tmp_path / "out")) == 2
+    assert len(find_images([str(photos / "*.HEIC"), str(photos / "sub" / "y.heic")])) == 2
     assert len(caplog.messages) == 2
     assert len(list_images(photos)) == 4
     assert caplog.messages[2:] == [f"{photos}: {expected.format('y.heic')}"]
@@ -122,7 +122,7 @@ def test_a_link_to_nothing_is_a_file_that_cannot_be_read(tmp_path: Path) -> None
     assert len(loaded) == 2
     with pytest.raises(DatasetError, match=r"There is no file .*b\.jpg"):
         loaded[1]
-    found = find_images([str(data / "images")], tmp_path / "out")
+    found = find_images([str(data / "images")])
     assert [one.path.name for one in found] == ["a.jpg", "b.jpg"]
 
 

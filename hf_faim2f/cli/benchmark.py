@@ -180,7 +180,7 @@ def prepare(options: argparse.Namespace) -> BenchmarkRun:
     if twice is not None:
         raise SettingsError(f"{twice} is named twice: name each model once.")
     notes: list[str] = []
-    images = None if options.images is None else _read_images(options.images, options.out, notes)
+    images = None if options.images is None else _read_images(options.images, notes)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     pairs = [(model, runtime) for model in options.models for runtime in choose_runtimes(model, options.runtime)]
@@ -215,13 +215,13 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
             depths[model] += 1
 
 
-def _read_images(words: Sequence[str], out: Path, notes: list[str]) -> list[Image.Image]:
+def _read_images(words: Sequence[str], notes: list[str]) -> list[Image.Image]:
     """Finds and decodes the images as upright RGB images.
 
     Raises:
         ValueError: there are no images, or one cannot be read.
     """
-    paths = [found.path for found in find_files(words, IMAGE_SUFFIXES, "image", out)]
+    paths = [found.path for found in find_files(words, IMAGE_SUFFIXES, "image")]
     if len(paths) > MOST_IMAGES:
         notes.append(f"The first {MOST_IMAGES} of {len(paths)} images are used.")
     images = []

@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data.annotations import FORMS
 from ..errors import DatasetError, ImageError, PredictorError, SettingsError
-from ..files import FoundFile, check_empty_folder, find_files, printable
-from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES
+from ..files import check_empty_folder, printable
 from ..runtime.backends import BATCH_SIZE, usual_batch_size
 from ..runtime.drawing import supervision
 from ..runtime.large_images import check_grid, more_on_large
@@ -37,7 +36,6 @@ from ..runtime.tiles import LEAST_WINDOW
 from ..runtime.video import FILM_SUFFIXES, is_live
 from .output import (
     MISTAKES,
-    MOST_LISTED,
     emit_predicted,
     interrupted,
     mistake,
@@ -51,7 +49,7 @@ from .output import (
 )
 from .parser import MODEL_HELP, OneSentenceParser
 from .predict_tiles import TileRun, check_tiles, predict_tiles
-from .predict_video import FilmRun, check_settings, check_subtask, films_passed_over, live_file, predict_films
+from .predict_video import FilmRun, check_settings, check_subtask, find_sources, live_file, predict_films
 
 PROGRAM = "faim2f predict"
 DESCRIPTION = "Segments images and video; writes JSON, label maps and overlays."
@@ -235,7 +233,9 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     if options.every < 1:
         raise SettingsError(f"--every must be at least 1, not {options.every}.")
     live = list(dict.fromkeys(word for word in options.images if is_live(word)))
-    found, named = _find(options, [word for word in options.images if word not in live])
+    sources = find_sources([word for word in options.images if word not in live], options.out)
+    found = [one for one in sources if one.path.suffix.lower() not in FILM_SUFFIXES]
+    named = [one for one in sources if one.path.suffix.lower() in FILM_SUFFIXES]
     films = [*live, *(str(one.path) for one in named)]
     if films and options.tiles is not None:
         raise SettingsError("--tiles is for images, but a video is named: leave one of them out.")
@@ -280,36 +280,6 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     about = {"model": printable(options.model), "runtime": options.runtime, "threshold": options.threshold}
     film_run = FilmRun(options, predictor, batch_size, about)
     return PredictRun(options, predictor, images, names, stream, films, all_names[len(found) :], film_run)
-
-
-def _find(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[FoundFile], list[FoundFile]]:
-    """Finds the images and videos that the command line names, and prints which videos it skips.
-
-    Raises:
-        SettingsError: an argument matches nothing.
-    """
-    found: list[FoundFile] = []
-    others: list[Path] = []
-    try:
-        found = find_files(words, IMAGE_SUFFIXES, "image", options.out, ARRAY_SUFFIXES)
-    except SettingsError as error:
-        others = films_passed_over(words, found, options.out)
-        if "There is no image" not in str(error) or not others:
-            raise
-        raise SettingsError(f"{str(error).rstrip('.')}, only videos: {_name_them(others)}.") from error
-    others = films_passed_over(words, found, options.out)
-    if others:
-        say(f"{'1 video is' if len(others) == 1 else f'{len(others)} videos are'} skipped: {_name_them(others)}.")
-    is_film = [one.path.suffix.lower() in FILM_SUFFIXES for one in found]
-    return [one for one, film in zip(found, is_film, strict=True) if not film], [
-        one for one, film in zip(found, is_film, strict=True) if film
-    ]
-
-
-def _name_them(films: Sequence[Path]) -> str:
-    names = ", ".join(printable(film) for film in films[:MOST_LISTED])
-    more = f" and {len(films) - MOST_LISTED} more" if len(films) > MOST_LISTED else ""
-    return f"{names}{more}; to predict videos, name them, for example 'FOLDER/*{films[0].suffix}'"
 
 
 def predict(prepared: PredictRun) -> list[str]:

@@ -19,13 +19,14 @@ from ..distributed.plan import OPEN_HERE, ModelFiles, Plan, Settings, begin, che
 from ..distributed.rows import find_rows, names_rows
 from ..distributed.workers import check_address, connected, predict_parts
 from ..errors import BulkError, SettingsError
-from ..files import files_below, find_files, write_whole
-from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES
+from ..files import files_below, write_whole
+from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.prediction_files import LEFT_OUT
 from ..runtime.predictor import Predictor
 from ..runtime.video import names_film
 from ..version import __version__
 from .output import MISTAKES, emit_predicted, interrupted, mistake, no_bars, say, say_skipped
+from .predict_video import find_sources
 
 PART_SIZE = 256
 # Maximum number of images in a part, which is kept in memory, and maximum number of parts.
@@ -121,7 +122,7 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
     if not of_rows and (column or split):
         flag = "--column" if column else "--split"
         raise SettingsError(f"{flag} is for datasets, but no dataset is named: leave it out.")
-    images = find_files(of_files, IMAGE_SUFFIXES, "image", out, ARRAY_SUFFIXES) if of_files else []
+    images = find_sources(of_files, out)
     pieces = [Piece(str(one.path.absolute()), escape_path(str(one.path))) for one in images]
     stamps: Iterable[str] = (_stamp(one.path) for one in images)
     if of_rows:

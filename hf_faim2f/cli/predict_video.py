@@ -28,12 +28,14 @@ from tqdm.auto import tqdm
 
 from ..errors import PredictorError, SettingsError, VideoError
 from ..files import FoundFile, find_files, printable, write_whole
+from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from ..runtime.prediction import Prediction
 from ..runtime.prediction_files import (
     DOCUMENT,
     FILM,
     LINES,
     THREADS,
+    EarlierOutputs,
     check_inside,
     remove_others,
     write_inside,
@@ -42,7 +44,7 @@ from ..runtime.predictor import Predictor, ahead, background_threads
 from ..runtime.tracking import Tracker
 from ..runtime.video import FILM_SUFFIXES, Film, FilmWriter, Frame
 from ..version import __version__
-from .output import no_bars, require_packages, say
+from .output import MOST_LISTED, no_bars, require_packages, say
 
 # Maximum number of frames that are drawn ahead of the one being written.
 MOST_DRAWN = 4
@@ -91,16 +93,47 @@ def live_file(word: str) -> FoundFile:
     return FoundFile(Path(name.strip(".") or parts.hostname or "stream"), 1)
 
 
-def films_passed_over(words: Sequence[str], found: Sequence[FoundFile], out: Path) -> list[Path]:
+def find_sources(words: Sequence[str], out: Path) -> list[FoundFile]:
+    """Finds the images and videos that the command line names; says which videos and earlier outputs it skips.
+
+    Raises:
+        SettingsError: an argument matches nothing, or only what is skipped.
+    """
+    outputs = EarlierOutputs(out)
+    try:
+        found = find_files(words, IMAGE_SUFFIXES, "image", ARRAY_SUFFIXES, outputs)
+    except SettingsError as error:
+        films = _films_passed_over(words, [], out)
+        if "There is no image" not in str(error) or not films:
+            raise
+        raise SettingsError(f"{str(error).rstrip('.')}, only videos: {_name_them(films)}.") from error
+    if words and not found:
+        raise SettingsError(f"There is nothing to predict: {outputs}")
+    if outputs.found:
+        say(str(outputs))
+    films = _films_passed_over(words, found, out)
+    if films:
+        say(f"{'1 video is' if len(films) == 1 else f'{len(films)} videos are'} skipped: {_name_them(films)}.")
+    return found
+
+
+def _films_passed_over(words: Sequence[str], found: Sequence[FoundFile], out: Path) -> list[Path]:
     """The videos that folders and patterns match; they are skipped, because videos must be named individually."""
     named = {one.path for one in found}
+    outputs = EarlierOutputs(out)
     films: dict[Path, None] = {}
     for word in words:
         try:
-            films |= dict.fromkeys(one.path for one in find_files([word], FILM_SUFFIXES, "video", out))
+            films |= dict.fromkeys(one.path for one in find_files([word], FILM_SUFFIXES, "video", (), outputs))
         except SettingsError:
             continue
     return [film for film in films if film.suffix.lower() in FILM_SUFFIXES and film not in named]
+
+
+def _name_them(films: Sequence[Path]) -> str:
+    names = ", ".join(printable(film) for film in films[:MOST_LISTED])
+    more = f" and {len(films) - MOST_LISTED} more" if len(films) > MOST_LISTED else ""
+    return f"{names}{more}; to predict videos, name them, for example 'FOLDER/*{films[0].suffix}'"
 
 
 def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") -> str | None:
@@ -329,5 +362,5 @@ def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path]) -
 
 
 __all__ = [
-    "FilmRun", "check_settings", "check_subtask", "films_passed_over", "live_file", "predict_films",
+    "FilmRun", "check_settings", "check_subtask", "find_sources", "live_file", "predict_films",
 ]  # fmt: skip

@@ -31,7 +31,7 @@ from PIL import Image
 
 from ..data.annotations import AnnotationFolder, Mark, image_suffix
 from ..errors import SettingsError
-from ..files import FoundFile, printable, write_whole
+from ..files import FoundFile, place_of, printable, write_whole
 from ..version import __version__
 from .prediction import Prediction
 from .predictor import background_threads
@@ -174,6 +174,46 @@ class PredictionWriter:
         finally:
             self.stopped = True
             self.executor.shutdown(cancel_futures=True)
+
+
+class EarlierOutputs:
+    """Recognizes outputs of earlier predictions among images and videos, so that they are not predicted; collects them.
+
+    They are recognized by their names, and outside of the output folder also by the prediction's JSON beside them. In
+    the output folder, all files of its folder `annotations` are outputs.
+
+    Args:
+        out: the output folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.inside = os.path.realpath(out) + os.sep
+        self.found: dict[str, Path] = {}
+
+    def __call__(self, path: Path) -> bool:
+        """Whether a file is such an output.
+
+        Raises:
+            OSError: the JSON beside it cannot be read.
+        """
+        place = place_of(path)
+        suffix = next((suffix for suffix in (LABELS, SEGMENTS, OVERLAY, FILM) if path.name.endswith(suffix)), None)
+        is_output = place.startswith(os.path.join(self.inside, ANNOTATIONS, "")) or (
+            suffix is not None
+            and (
+                place.startswith(self.inside)
+                or _is_prediction(path.with_name(path.name.removesuffix(suffix) + DOCUMENT))
+            )
+        )
+        if is_output:
+            self.found[place] = path
+        return is_output
+
+    def __str__(self) -> str:
+        count, first = len(self.found), next(map(printable, self.found.values()), "")
+        if count == 1:
+            return f"1 output of an earlier prediction is skipped: {first}."
+        return f"{count} outputs of earlier predictions are skipped, such as {first}."
 
 
 def output_names(found: Sequence[FoundFile]) -> list[Path]:
@@ -382,6 +422,7 @@ def check_inside(folder: Path, path: Path) -> None:
 __all__ = [
     "ANNOTATIONS",
     "LEFT_OUT",
+    "EarlierOutputs",
     "PredictionWriter",
     "check_inside",
     "check_replaced",

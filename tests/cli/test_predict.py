@@ -450,9 +450,7 @@ def test_a_photograph_of_24_megapixels_takes_bounded_memory(subtask: str, tmp_pa
 
 def test_images_are_found_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(*words: object) -> list[Path]:
-        return [
-            one.path for one in find_files([str(word) for word in words], IMAGE_SUFFIXES, "image", tmp_path / "out")
-        ]
+        return [one.path for one in find_files([str(word) for word in words], IMAGE_SUFFIXES, "image")]
 
     every = [photos / name for name in ("a/x.png", "b/x.png", "b/y.jpg")]
     assert found(photos) == every
@@ -466,14 +464,56 @@ def test_images_are_found_once(photos: Path, tmp_path: Path, monkeypatch: pytest
     assert found("b", "../photos/b/x.png") == [Path("b/x.png"), Path("b/y.jpg")]
 
 
+@pytest.mark.parametrize("more", [[], ["--annotations", "coco"]])
+def test_outputs_of_earlier_runs_are_no_photographs(
+    more: list[str], model_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In folders that are searched, and named as by a shell's pattern; but the images beside them are predicted."""
+    mine = ["a/x.labels.png", "a/x.overlay.jpg"]
+    for name in mine:  # without a prediction's JSON, and outside of --out
+        photographs()[0].save(photos / name)
+    images = {"a/x.png", "b/x.png", "b/y.jpg", *mine}
+
+    def predicted(*words: object) -> set[str]:
+        assert predict(model_folder, *words) == 0
+        out = Path(str(words[words.index("--out") + 1]))
+        files = [json.loads(path.read_text())["image"]["file"] for path in sorted(out.rglob("[xy]*.json"))]
+        return {os.path.relpath(file, photos) for file in files}
+
+    assert predicted(photos, "--out", photos / "run1", *more) == images
+    assert "skipped" not in capsys.readouterr().out
+    (photos / "run1" / "b" / "x.json").unlink()  # as by an interruption: recognized inside of --out only
+    again = predicted(photos, "--out", photos / "run1", "--overwrite")
+    copies = 5 if more else 0
+    assert f"{copies + 15} outputs of earlier predictions are skipped, such as " in capsys.readouterr().out
+    assert again == images
+    shutil.rmtree(photos / "run1" / "annotations", ignore_errors=True)
+    assert predicted(photos, "--out", photos / "run2") == images
+    assert "15 outputs of earlier predictions are skipped" in capsys.readouterr().out
+    shutil.rmtree(photos / "run1")
+    shutil.rmtree(photos / "run2")
+    # The output folder contains the images.
+    folder, words = photos / "b", ["--out", photos / "b", "--overwrite"]
+    assert predicted(photos, *words) == images
+    shutil.rmtree(photos / "b" / "a")
+    shutil.rmtree(photos / "b" / "b")
+    assert predicted(folder, *words) == predicted(*folder.glob("*.[jp][pn]g"), *words) == {"b/x.png", "b/y.jpg"}
+    assert "6 outputs of earlier predictions are skipped" in capsys.readouterr().out
+    names = files_of(folder)
+    assert names == {
+        f"{name}{end}" for name in "xy" for end in (".json", ".labels.png", ".segments.png", ".overlay.jpg")
+    } | {"x.png", "y.jpg"}
+    assert predict(model_folder, folder / "x.labels.png", *words) == 2
+    assert "There is nothing to predict: 1 output of an earlier prediction is skipped: " in capsys.readouterr().err
+    (folder / "x.png").unlink()
+    (folder / "y.jpg").unlink()
+    assert predict(model_folder, folder, *words) == 2
+    assert ", only outputs of earlier predictions." in capsys.readouterr().err and files_of(folder) < names
+
+
 def test_names_are_those_of_what_was_asked_for(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def names(*words: object) -> list[str]:
-        return [
-            str(name)
-            for name in output_names(
-                find_files([str(word) for word in words], IMAGE_SUFFIXES, "image", tmp_path / "out")
-            )
-        ]
+        return [str(name) for name in output_names(find_files([str(word) for word in words], IMAGE_SUFFIXES, "image"))]
 
     assert names(photos / "a" / "x.png") == names(photos / "a") == names(photos / "a" / "*.png") == ["x"]
     assert names(photos) == names(photos / "**" / "*") == ["a/x", "b/x", "b/y"]

@@ -509,6 +509,12 @@ def test_films_in_folders_are_said(tiny: Path, tmp_path: Path, capsys: pytest.Ca
     assert {path.name for path in (tmp_path / "second").rglob("*") if path.is_file()} >= {
         "photo.json", "clip.json", "clip.overlay.mp4",
     }  # fmt: skip
+    # Overlays of an earlier run beside them are no videos to predict.
+    words = ["--out", folder / "below", "--overwrite", "--threshold", 0.999]
+    for again in (False, True):
+        assert predict(tiny, folder / "below" / "*.mp4", *words) == 0
+        printed = capsys.readouterr().out
+        assert ("1 output of an earlier prediction is skipped: " in printed) == again and "Written: 1 of 1" in printed
     (folder / "photo.png").unlink()
     text = told([tiny, folder, "--out", tmp_path / "third"], capsys, 2)
     assert f"There is no image in {folder}" in text and "only videos: " in text and "clip.mp4" in text

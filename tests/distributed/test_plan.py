@@ -138,11 +138,17 @@ def test_a_run_goes_on_with_out_inside_an_input_folder(
         photos = tmp_path / "rows"
         write_rows(photos / "set" / "a.parquet", [png(photographs()[0])])
     monkeypatch.chdir(photos)
+    if kind == "files":  # neither are the outputs of runs without Ray, nor videos
+        Path("more", "clip.mp4").touch()
+        assert main(["predict", str(model_folder), "a.png", "--out", "earlier"]) == 0
     words = (model_folder, "**/*.parquet" if kind == "pattern" else ".", "--out", "out")
     for _ in range(2):
         assert by_hand(*words) == 0
     count = 5 if kind == "files" else 1
-    assert f"{count} image{'s'[: count > 1]} are finished" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{count} image{'s'[: count > 1]} are finished" in printed
+    assert ("3 outputs of earlier predictions are skipped" in printed) == (kind == "files")
+    assert ("1 video is skipped: more/clip.mp4; to predict videos" in printed) == (kind == "files")
     assert len(rows_of(photos / "out")) == count
 
 
