@@ -34,6 +34,9 @@ STRIP_ROWS, COUNTS, LAYOUT, PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TI
 SAMPLE_FORMAT, MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE = 339, 281, 341
 SUBFILE_TYPE = 254
 KINDS = {1: "u", 2: "i", 3: "f"}
+# The bytes of TIFF's types of integers, and the most entries of a directory.
+INTEGERS = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 13: 4, 16: 8, 17: 8, 18: 8}
+MOST_ENTRIES = 65535
 DEFLATE, BY_LIBTIFF = (8, 32946), (5, 32773, 50000)  # LZW, PackBits, Zstandard
 NOT_LOSSLESS = "uncompressed, Deflate, LZW, PackBits and Zstandard files are read"
 SEPARATE, DIFFERENCES = 2, 2  # bands stored one after another; samples stored as differences to the previous pixel
@@ -114,6 +117,41 @@ def tiff_bands(source: Any) -> int | None:
         return None if tags is None else _number(tags, BANDS, 1)
 
     return _with_file(source, read)
+
+
+def tile_pixels(source: Any) -> int:
+    """The number of pixels of a tile of a TIFF file; 0 if it has no tiles.
+
+    Reads the directory itself: libtiff, which allocates a whole tile, accepts types and repeated entries that Pillow
+    skips.
+    """
+
+    def read(file: BinaryIO) -> int:
+        head = file.read(16)
+        order, big = TIFF_MAGICS.get(head[:4]), b"+" in head[2:4]
+        if order is None:
+            return 0
+        count, entry = (struct.Struct(order + form) for form in (("Q", "HHQ8s") if big else ("H", "HHI4s")))
+        sides = {TILE_WIDTH: 0, TILE_HEIGHT: 0}
+
+        def number(content: bytes) -> int:
+            return int.from_bytes(content, "little" if order == "<" else "big")
+
+        try:
+            file.seek(number(head[8:] if big else head[4:8]))
+            entries = min(*count.unpack(file.read(count.size)), MOST_ENTRIES)
+            content = file.read(entries * entry.size)
+            for tag, kind, values, value in entry.iter_unpack(content[: len(content) // entry.size * entry.size]):
+                if tag in sides and kind in INTEGERS and values == 1:
+                    if INTEGERS[kind] > len(value):  # it is elsewhere
+                        file.seek(number(value))
+                        value = file.read(INTEGERS[kind])
+                    sides[tag] = max(sides[tag], number(value[: INTEGERS[kind]]))
+        except (struct.error, OSError, ValueError, OverflowError):  # Pillow will raise an error
+            pass
+        return sides[TILE_WIDTH] * sides[TILE_HEIGHT]
+
+    return _with_file(source, read) or 0
 
 
 def _with_file(source: Any, read: Any) -> Any:
@@ -408,5 +446,6 @@ __all__ = [
     "read_bands",
     "these_channels_first",
     "tiff_bands",
+    "tile_pixels",
     "warn_of_pages",
 ]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from .image_bands_faim2f import read_bands, tiff_bands
+from .image_bands_faim2f import read_bands, tiff_bands, tile_pixels
 
 # The supported formats, by Pillow's names, and their file suffixes. Pillow opens more formats, but for some it starts
 # another program (EPS) or uses decoders that are hardly tested on damaged files.
@@ -128,6 +128,11 @@ def exif_orientation(image: Image.Image) -> int:
     return orientation if orientation in EXIF_TURNS else 1
 
 
+def most_pixels(image: Image.Image) -> int:
+    """The number of pixels of an undecoded image, or of a tile of its TIFF file, which is decoded whole, if larger."""
+    return max(image.width * image.height, tile_pixels(getattr(image, "fp", None)) if image.format == "TIFF" else 0)
+
+
 def is_deep(mode: str) -> bool:
     """Whether a mode of Pillow has more than 8 bits per sample."""
     return mode in ("I", "F") or mode.startswith("I;16")
@@ -186,10 +191,11 @@ def _decode(image: Image.Image, label: str) -> Decoded:
         raise ValueError(f"{label} is {height}x{width} pixels, so it is empty: remove it from the batch.")
     limit = Image.MAX_IMAGE_PIXELS
     # Only an undecoded file has tiles; images in memory are not limited.
-    if getattr(image, "tile", None) and limit is not None and width * height > limit:
+    if getattr(image, "tile", None) and limit is not None and (pixels := most_pixels(image)) > limit:
         raise ValueError(
-            f"{label} has {width * height} pixels, more than the {limit} that Pillow takes for safe: it may be a "
-            "decompression bomb; if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS."
+            f"{label} has {'' if pixels == width * height else 'a tile of '}{pixels} pixels, more than the {limit} "
+            "that Pillow takes for safe: it may be a decompression bomb; if you trust the file, raise "
+            "PIL.Image.MAX_IMAGE_PIXELS."
         )
     try:
         # Pillow itself applies the orientation when it decodes a TIFF image, and then drops it.

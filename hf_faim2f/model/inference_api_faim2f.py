@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .image_files_faim2f import IMAGE_FORMATS, READ_FORMATS, exif_orientation
+from .image_files_faim2f import IMAGE_FORMATS, READ_FORMATS, exif_orientation, most_pixels
 
 SUBTASKS = ("panoptic", "instance", "semantic")
 # Fields of a request. The Hub's older clients send `options`, which have no effect here.
@@ -150,6 +150,8 @@ def picture_bytes(inputs: Any) -> bytes:
 def open_picture(source: Any, name: str = NAME, pixels: int = MAX_PIXELS, taker: str = "this server") -> Image.Image:
     """Opens an untrusted file as an image (its first frame) without decoding it, and checks its size by its header.
 
+    The tiles of a TIFF file may be larger than the image, and are decoded whole, so they are limited as well.
+
     Args:
         source: a path, or an open binary file.
         name: name of the image in messages.
@@ -167,8 +169,15 @@ def open_picture(source: Any, name: str = NAME, pixels: int = MAX_PIXELS, taker:
     except Exception as error:  # Pillow's plugins may raise anything for a malformed header
         raise RequestError(f"{name} cannot be read as an image: {READ_FORMATS} files can.") from error
     width, height = picture.size
-    if width * height > pixels:
+    most = most_pixels(picture)
+    if most > pixels:
         picture.close()
+        if width * height <= pixels:
+            raise RequestError(
+                f"{name} has tiles of {most / MEGA:.1f} million pixels, and {taker} takes "
+                f"{pixels / MEGA:g} million: save it with smaller tiles.",
+                413,
+            )
         raise RequestError(
             f"{name} has {width}x{height} pixels, {width * height / MEGA:.1f} million, and {taker} takes "
             f"{pixels / MEGA:g} million: make it smaller.",

@@ -353,6 +353,45 @@ def test_a_phone_s_pictures_of_several_frames_are_jpeg(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="There are no pipes.")
+def tiled_tiff(path: Path, side: int, big: bool, wide: bool, more: tuple[int, ...]) -> Path:
+    """A gray TIFF file of 20x20 pixels in one white tile, by the standard.
+
+    Args:
+        side: of the tile, in pixels.
+        big: whether it is a BigTIFF file.
+        wide: whether the tile's width has a type of 8 bytes that Pillow does not know, SLONG8.
+        more: tags whose entries are repeated with the value 16, behind them.
+    """
+    tile, entry = zlib.compress(b"\xff" * side**2), struct.Struct("<HHQQ" if big else "<HHII")
+    start = 32 + entry.size * (10 + len(more))
+    entries = {256: 20, 257: 20, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: start, 325: len(tile)}
+    if wide and not big:
+        entries[322] = start + len(tile)
+    directory = struct.pack("<Q" if big else "<H", 10 + len(more))
+    for tag, value in entries.items():
+        directory += entry.pack(tag, 17 if wide and tag == 322 else 4, 1, value)
+        directory += entry.pack(tag, 4, 1, 16) if tag in more else b""
+    header = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16) if big else struct.pack("<2sHI", b"II", 42, 8)
+    path.write_bytes((header + directory).ljust(start, b"\0") + tile + struct.pack("<Q", side))
+    return path
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize(("wide", "more"), [(False, ()), (True, ()), (False, (322, 323))])
+def test_a_tile_much_larger_than_its_image_is_refused(
+    big: bool, wide: bool, more: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libtiff allocates the whole tile, also if Pillow skips its entry or reads another one."""
+    path = tiled_tiff(tmp_path / "x.tif", 256, big, wide, more)
+    image = decode_image(path).image
+    assert image.size == (20, 20) and np.asarray(image).min() == 255
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 256**2 - 1)
+    with pytest.raises(ValueError, match=r"x\.tif\) has a tile of 65536 pixels, more than the 65535 .* bomb"):
+        decode_image(path)
+    with pytest.raises(WebError, match=r"has tiles of 0\.1 million pixels, and this page takes 0\.06 million"):
+        open_picture(path, "x.tif", Limits(megapixels=0.06))
+
+
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening a pipe that nobody writes to would block forever."""
     os.mkfifo(tmp_path / "pipe.png")
