@@ -7,7 +7,8 @@ predicts images and writes Parquet.
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ class PredictRun:
     films: list[str]
     film_names: list[Path]
     film_run: FilmRun
+    problems: dict[int, str] = field(default_factory=dict)  # why images are skipped, by their indices
+    film_problems: list[str] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for each image that was skipped, and each video that was not read to its end, up to now."""
+        return [problem for _, problem in sorted(self.problems.items())] + self.film_problems
 
     def writer(self, after_each: Callable[[], object] = lambda: None) -> PredictionWriter:
         """The writer of this run's files."""
@@ -120,21 +128,24 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
     except MISTAKES as error:
         return mistake(program, error)
     try:
-        problems = (predict if options.tiles is None else predict_large)(prepared) if prepared.images else []
-        written = len(prepared.images) - len(problems)
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / LEFT_OUT).unlink(missing_ok=True)  # that of an earlier run
+        if prepared.images:
+            (predict if options.tiles is None else predict_large)(prepared)
+        written = len(prepared.images) - len(prepared.problems)
         if prepared.films:
-            options.out.mkdir(parents=True, exist_ok=True)
-            problems_of_films, films = predict_films(prepared.film_run, prepared.films, prepared.film_names)
-            problems, written = problems + problems_of_films, written + films
-        _finish(prepared, problems, written)
+            written += predict_films(prepared.film_run, prepared.films, prepared.film_names, prepared.film_problems)
+        _finish(prepared, written)
     except (OSError, PredictorError, DatasetError) as error:  # such as a full disk, or a GPU that fails
         return mistake(program, error, everywhere=True)
     except torch.OutOfMemoryError:
         network = prepared.predictor.network
         return out_of_memory(program, options.batch_size or network.batch or network.usual_batch)
     except KeyboardInterrupt:
+        with suppress(OSError):
+            _list_left_out(prepared)
         return interrupted(program, f"the files in {options.out} are complete.")
-    return emit_predicted(emit, options.out, len(prepared.images) + len(prepared.films), problems, written)
+    return emit_predicted(emit, options.out, len(prepared.images) + len(prepared.films), prepared.left_out, written)
 
 
 def build_parser(program: str = PROGRAM) -> OneSentenceParser:
@@ -282,16 +293,13 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     return PredictRun(options, predictor, images, names, stream, films, all_names[len(found) :], film_run)
 
 
-def predict(prepared: PredictRun) -> list[str]:
-    """Predicts and writes all images; returns one sentence per skipped image.
+def predict(prepared: PredictRun) -> None:
+    """Predicts and writes all images.
 
     Raises:
         OSError: something cannot be written.
     """
-    options = prepared.options
-    options.out.mkdir(parents=True, exist_ok=True)
     say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'} to predict.")
-    problems = []
     with (
         tqdm(total=len(prepared.images), unit="image", disable=no_bars()) as bar,
         prepared.writer(bar.update) as writer,
@@ -300,46 +308,48 @@ def predict(prepared: PredictRun) -> list[str]:
             if isinstance(prediction, ImageError):
                 text = printable(prediction)
                 more = more_on_large(text)
-                problems.append((index, f"{text.rstrip('.')}{more}." if more else text))
+                prepared.problems[index] = f"{text.rstrip('.')}{more}." if more else text
                 bar.update()
             else:
                 writer.put(index, prediction)
-    return [problem for _, problem in sorted(problems)]
 
 
-def predict_large(prepared: PredictRun) -> list[str]:
-    """Predicts and writes all images tile by tile; returns one sentence per skipped image.
+def predict_large(prepared: PredictRun) -> None:
+    """Predicts and writes all images tile by tile.
 
     Raises:
         OSError: something cannot be written.
     """
     options, about = prepared.options, prepared.film_run.about
-    options.out.mkdir(parents=True, exist_ok=True)
     say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'} to predict.")
     run = TileRun(
         prepared.predictor, options.out, options.tiles, options.overlap, options.subtask, options.threshold,
         prepared.film_run.batch_size, options.overlays, about,
     )  # fmt: skip
-    problems = []
     with tqdm(total=0, unit="tile", disable=no_bars()) as bar:
 
         def progress(count: int) -> Callable[[], object]:
             bar.total += count
             return bar.update
 
-        for source, name in zip(prepared.images, prepared.names, strict=True):
+        for index, (source, name) in enumerate(zip(prepared.images, prepared.names, strict=True)):
             problem = predict_tiles(run, source, name, progress)
-            problems += [] if problem is None else [problem]
-    return problems
+            if problem is not None:
+                prepared.problems[index] = problem
 
 
-def _finish(prepared: PredictRun, problems: list[str], written: int) -> None:
-    """Lists the skipped images and videos in a file and on standard output."""
+def _list_left_out(prepared: PredictRun) -> None:
+    """Lists the skipped images and videos on standard output and in a file."""
     out: Path = prepared.options.out
-    (out / LEFT_OUT).unlink(missing_ok=True)  # that of an earlier run
-    if problems:
-        write_inside(out, out / LEFT_OUT, "".join(f"{problem}\n" for problem in problems).encode())
-        say_skipped(problems, "image" if not prepared.films else "file")
+    if prepared.left_out:
+        say_skipped(prepared.left_out, "image" if not prepared.films else "file")
+        write_inside(out, out / LEFT_OUT, "".join(f"{problem}\n" for problem in prepared.left_out).encode())
+
+
+def _finish(prepared: PredictRun, written: int) -> None:
+    """Says what was skipped and written, and which predictions of earlier runs stay."""
+    _list_left_out(prepared)
+    out: Path = prepared.options.out
     say(f"Written: {written} of {len(prepared.images) + len(prepared.films)} in {out}.")
     names = [*prepared.names, *prepared.film_names]
     if prepared.options.overwrite and (others := other_predictions(out, names)):

@@ -339,14 +339,19 @@ class Interruptions:
             raise KeyboardInterrupt
 
 
-def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path]) -> tuple[list[str], int]:
-    """Predicts videos in turn; returns a sentence for each that could not be read whole, and the number written.
+def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path], problems: list[str]) -> int:
+    """Predicts videos in turn; returns the number written.
+
+    Args:
+        run: the settings that videos share.
+        sources, names: see `predict_film`.
+        problems: takes a sentence for each video that could not be read whole.
 
     Raises:
         OSError: something cannot be written.
         KeyboardInterrupt: after Ctrl+C.
     """
-    problems, written = [], 0
+    written = 0
     with Interruptions() as guard:
         for source, name in zip(sources, names, strict=True):
             try:
@@ -358,7 +363,7 @@ def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path]) -
                 problem = printable(error)
             if problem is not None:
                 problems.append(problem)
-    return problems, written
+    return written
 
 
 __all__ = [

@@ -62,7 +62,8 @@ MOST_WAITING_PIXELS = 2**25
 class PredictionWriter:
     """Writes predictions in background threads; a context manager whose exit waits for them.
 
-    After an error, here or in the block, files that are being written are finished, and queued ones are dropped.
+    After an error, here or in the block, files that are being written are finished, and queued ones are dropped. The
+    annotations then have the images written by then, unless a file cannot be written.
 
     Args:
         folder: an existing folder for the files.
@@ -169,11 +170,14 @@ class PredictionWriter:
         try:
             while kind is None and self.waiting:
                 self._finish_first()
-            if kind is None and self.annotations is not None:
-                self.annotations.finish()
+        except BaseException as error:
+            kind = type(error)
+            raise
         finally:
             self.stopped = True
             self.executor.shutdown(cancel_futures=True)
+            if self.annotations is not None and (kind is None or not issubclass(kind, OSError)):
+                self.annotations.finish()
 
 
 class EarlierOutputs:

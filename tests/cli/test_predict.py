@@ -311,6 +311,44 @@ def test_an_interrupted_run_leaves_whole_files(
     assert files_of(tmp_path / "out") == {f"a/{name}" for name in ONE}
 
 
+@pytest.mark.parametrize(
+    ("form", "files"),
+    [
+        ("coco", {"images/a/x.png", "annotations/instances_default.json"}),
+        ("yolo", {"images/a/x.png", "labels/a/x.txt", "data.yaml"}),
+        ("labelme", {"a/x.png", "a/x.json", "labels.txt"}),
+    ],
+)
+def test_an_interrupted_run_leaves_whole_annotations_and_says_what_it_left_out(
+    form: str, files: set[str], model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    written, out = PredictionWriter.write, tmp_path / "out"
+
+    def interrupted(writer: PredictionWriter, index: int, made: Any) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+        written(writer, index, made)
+
+    monkeypatch.setattr(PredictionWriter, "write", interrupted)
+    (photos / "b" / "x.png").write_bytes(b"no image")
+    out.mkdir()
+    (out / "left_out.txt").write_text("that of an earlier run")
+    words = ["--out", out, "--overwrite", "--batch-size", 1, "--annotations", form]
+    assert predict(model_folder, photos, *words) == 130
+    assert files_of(out / "annotations") == files
+    if form == "coco":
+        document = json.loads((out / "annotations" / "annotations" / "instances_default.json").read_text())
+        assert [image["file_name"] for image in document["images"]] == ["a/x.png"] and document["annotations"]
+    assert (out / "left_out.txt").read_text().count("\n") == 1 and "1 image was left out:" in capsys.readouterr().out
+    shutil.rmtree(out / "annotations")
+    (photos / "b" / "x.png").unlink()
+    monkeypatch.setattr(PredictionWriter, "write", written)
+    monkeypatch.setattr(Predictor, "_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert predict(model_folder, photos, *words) == 130
+    assert not (out / "left_out.txt").exists()
+
+
 def test_files_are_written_beside_the_network(
     model_folder: Path,
     photos: Path,
