@@ -4,7 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from ..errors import SettingsError
+from ..model.inference_api_faim2f import MEGA
 from ..serving.requests import Limits
 from ..serving.server import Settings
 from ..serving.space import serve
@@ -59,13 +62,14 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `Limits` on one image."""
+    megapixels = "maximum image size, in megapixels, up to the 89 that Pillow takes for safe"
     bounds = {
-        "--max-megabytes": (DEFAULTS.megabytes, "maximum image file size, in megabytes"),
-        "--max-megapixels": (DEFAULTS.megapixels, "maximum image size, in megapixels"),
-        "--time-limit": (DEFAULTS.seconds, "time limit per image, in seconds"),
+        "--max-megabytes": (above_zero, DEFAULTS.megabytes, "maximum image file size, in megabytes"),
+        "--max-megapixels": (safe_megapixels, DEFAULTS.megapixels, megapixels),
+        "--time-limit": (above_zero, DEFAULTS.seconds, "time limit per image, in seconds"),
     }
-    for flag, (default, text) in bounds.items():
-        parser.add_argument(flag, type=above_zero, default=default, metavar="X", help=f"{text} (default: {default:g})")
+    for flag, (kind, default, text) in bounds.items():
+        parser.add_argument(flag, type=kind, default=default, metavar="X", help=f"{text} (default: {default:g})")
 
 
 def port_number(text: str) -> int:
@@ -73,6 +77,14 @@ def port_number(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
     return int(text)
+
+
+def safe_megapixels(text: str) -> float:
+    """The argparse type of --max-megapixels: a number above 0, up to Pillow's limit, above which nothing is decoded."""
+    value, limit = above_zero(text), Image.MAX_IMAGE_PIXELS
+    if limit is not None and value * MEGA > limit:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than the {limit // MEGA} that Pillow takes for safe")
+    return value
 
 
 def above_zero(text: str) -> float:

@@ -265,6 +265,7 @@ def test_mistakes_of_the_command_are_told(
     assert "There is no image in" in told_by(model_folder, "--examples", tmp_path, "--port", 0)
     assert "not a port" in told_by(model_folder, "--port", "80000")
     assert "not a number above 0" in told_by(model_folder, "--time-limit", "nan")
+    assert "'89.5' is more than the 89 that Pillow" in told_by(model_folder, "--max-megapixels", "89.5")
     assert web.main({}) == 2 and "set FAIM2F_MODEL" in capsys.readouterr().err
     assert web.main({"FAIM2F_MODEL": "x", "GRADIO_SERVER_PORT": "many"}) == 2
     settings = web.settings_of({"FAIM2F_MODEL": "x", "GRADIO_SERVER_NAME": "0.0.0.0", "FAIM2F_EXPORTS": "a, b"})
