@@ -22,7 +22,7 @@ from ..runtime.backends import BATCH_SIZE, usual_batch_size
 from ..runtime.drawing import supervision
 from ..runtime.large_images import check_grid, more_on_large
 from ..runtime.precision import PICTURES
-from ..runtime.prediction import Prediction
+from ..runtime.prediction import PANOPTIC_THRESHOLD, Prediction, usual_threshold
 from ..runtime.prediction_files import (
     ANNOTATIONS,
     LEFT_OUT,
@@ -168,9 +168,9 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
     parser.add_argument("--runtime", default="torch", choices=tuple(RUNTIMES), help="runtime (default: torch)")
     parser.add_argument("--subtask", choices=SUBTASKS, help="kind of segmentation (default: the model's own)")
-    parser.add_argument(
-        "--threshold", type=float, metavar="X", help="lowest score of a segment, 0 to 1 (default: the model's)"
-    )
+    threshold = f"lowest score of a segment, 0 to 1 (default: the model's for instances, {PANOPTIC_THRESHOLD} for "
+    threshold += "panoptic)"
+    parser.add_argument("--threshold", type=float, metavar="X", help=threshold)
     batch = f"most images (of one size) in a batch (default: 1 on a CPU, {BATCH_SIZE} on a GPU, or the graph's own)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=batch)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -288,9 +288,30 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     check_subtask(predictor, options)
     if options.tiles is not None:
         check_tiles(predictor)
-    about = {"model": printable(options.model), "runtime": options.runtime, "threshold": options.threshold}
+    about = {
+        "model": printable(options.model),
+        "runtime": options.runtime,
+        "precision": _precision(options, predictor),
+        "threshold": _threshold(options, predictor),
+    }
     film_run = FilmRun(options, predictor, batch_size, about)
     return PredictRun(options, predictor, images, names, stream, films, all_names[len(found) :], film_run)
+
+
+def _precision(options: argparse.Namespace, predictor: Predictor) -> str | None:
+    """The precision of the torch network; None in other runtimes, whose graphs have one of their own."""
+    if options.runtime != "torch":
+        return None
+    choice = predictor.precision_choice
+    return options.precision or "fp32" if choice is None else choice.precision
+
+
+def _threshold(options: argparse.Namespace, predictor: Predictor) -> float | None:
+    """The threshold that applies; None for semantic predictions, which have no scores."""
+    subtask = options.subtask or predictor.subtasks[0]
+    if subtask == "semantic" or options.threshold is not None:
+        return options.threshold
+    return usual_threshold(predictor.network, subtask)
 
 
 def predict(prepared: PredictRun) -> None:

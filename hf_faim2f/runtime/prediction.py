@@ -150,6 +150,12 @@ SUBTASKS: dict[str, tuple[str, ...]] = {
 PANOPTIC_THRESHOLD = 0.5
 
 
+def usual_threshold(network: Network, subtask: str) -> float:
+    """The lowest score of a segment, 0 to 1, if the caller does not choose it; without effect on "semantic"."""
+    settings: dict[str, Any] = network.processor.to_dict()
+    return PANOPTIC_THRESHOLD if subtask == "panoptic" else float(settings["threshold"])
+
+
 @torch.no_grad()
 def answer(
     network: Network,
@@ -253,4 +259,4 @@ def _segments_of_map(places: Tensor, values: list[int], names: Mapping[int, str]
     return segments
 
 
-__all__ = ["SUBTASKS", "Prediction", "Segment", "answer", "paint"]
+__all__ = ["SUBTASKS", "Prediction", "Segment", "answer", "paint", "usual_threshold"]

@@ -21,7 +21,7 @@ from ..model.channels_faim2f import RGB, picture_of
 from ..model.image_loading_faim2f import check_pixels, decode_image, eight_bit_image, load_images
 from .backends import RUNTIMES, Network, check_outputs, load_backend
 from .precision import Choice, choose_precision, multiplies_bfloat16
-from .prediction import PANOPTIC_THRESHOLD, SUBTASKS, Prediction, answer
+from .prediction import SUBTASKS, Prediction, answer, usual_threshold
 
 # Limit on the images that wait for others of their size, in batches.
 MOST_WAITING = 2
@@ -117,9 +117,7 @@ class Predictor:
         if multiplies_bfloat16(place):
             rounded = cls(open_network(os.fspath(path), device, "bf16"))
             own = exact.subtasks[0]
-            settings: dict[str, Any] = exact.network.processor.to_dict()
-            threshold = PANOPTIC_THRESHOLD if own == "panoptic" else float(settings["threshold"])
-            choice = choose_precision(exact, rounded, calibration, own, threshold)
+            choice = choose_precision(exact, rounded, calibration, own, usual_threshold(exact.network, own))
         else:
             choice = Choice("fp32", f"this {place.type} has no instructions that multiply bfloat16")
         chosen = cls(open_network(os.fspath(path), device, choice.precision, compile))

@@ -14,7 +14,7 @@ from ..errors import ImageError, PredictorError, WebError
 from ..files import printable
 from ..model import inference_api_faim2f
 from ..model.inference_api_faim2f import MEGA, RequestError
-from ..runtime.prediction import PANOPTIC_THRESHOLD
+from ..runtime.prediction import usual_threshold
 from ..runtime.predictor import Predictor
 from ..zoo import runtimes_of
 from .rendering import Downloads, PageView, view_of, write_downloads
@@ -97,9 +97,7 @@ class Choice:
 
     def threshold(self, subtask: str) -> float:
         """The default threshold: the lowest score of a segment."""
-        if subtask == "panoptic":
-            return PANOPTIC_THRESHOLD
-        return float(self.predictor.network.processor.to_dict()["threshold"])
+        return usual_threshold(self.predictor.network, subtask)
 
 
 def open_choices(

@@ -105,6 +105,30 @@ def test_the_files_say_what_the_predictor_says(
             assert np.array_equal(first, segments == 1)  # the best segment is on top
 
 
+@pytest.mark.parametrize("more", [[], ["--tiles", "4000", "--precision", "bf16"]])
+def test_the_files_say_which_settings_applied(
+    more: list[str], model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    """The model's threshold is for instances only."""
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    settings = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps({**settings, "threshold": 0.07}))
+    predictor = Predictor.from_pretrained(model, precision="bf16" if more else "fp32")
+    for subtask, given, threshold in (
+        ("instance", [], 0.07),
+        ("panoptic", [], 0.5),
+        ("semantic", [], None),
+        ("panoptic", ["--threshold", "0.2"], 0.2),
+    ):
+        words = ["--subtask", subtask, "--out", tmp_path / "out", "--overwrite", "--no-overlays", *given, *more]
+        assert predict(model, photos / "a" / "x.png", *words) == 0
+        document = json.loads((tmp_path / "out" / "x.json").read_text())
+        assert document["threshold"] == threshold and document["precision"] == ("bf16" if more else "fp32")
+        expected = predictor(photos / "a" / "x.png", subtask, threshold)[0]
+        assert [one["class_id"] for one in document["segments"]] == [one.class_id for one in expected.segments]
+
+
 def test_a_graph_says_what_torch_says(model_folder: Path, photos: Path, tmp_path: Path) -> None:
     export_onnx(model_folder, tmp_path / "graph", size=(64, 96), batch=2, outputs="instances", verify=False)
     shutil.copytree(model_folder, tmp_path / "model")
