@@ -202,9 +202,8 @@ class Film:
             return None
         lost = f"{self.damaged} damaged packet{'s' if self.damaged > 1 else ''}" if self.damaged else ""
         reasons = " and ".join(reason for reason in (lost, self.ended) if reason)
-        return (
-            f"{self.name} is truncated or damaged ({reasons}): {frames} of its frames could be read, and are written."
-        )
+        what = "ended early" if self.is_live and not self.damaged else "is truncated or damaged"
+        return f"{self.name} {what} ({reasons}): {frames} of its frames could be read, and are written."
 
     def _open(self, word: str) -> Any:
         settings: dict[str, Any] = {"options": {} if self.limit is None else {"max_pixels": str(self.limit)}}
@@ -250,7 +249,8 @@ class Film:
                 self._check_length()
                 return
             except (self._av.FFmpegError, OSError) as error:  # EOFError if the container reports truncation
-                self.ended = _reason(error)
+                is_quiet = isinstance(error, self._av.error.ExitError)  # the timeout
+                self.ended = f"it sent nothing for {PATIENCE[1]:g} seconds" if is_quiet else _reason(error)
                 packet = None
             if packet is not None and packet.pts is not None:
                 self.reached = max(self.reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))

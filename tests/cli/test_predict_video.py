@@ -548,6 +548,40 @@ def test_an_address_is_read_and_a_camera_that_is_not_there_is_said(
     assert f"{missing} cannot be opened: " in printed and "There is no camera 999" in printed
 
 
+def test_a_stream_that_falls_silent_is_said(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that records a camera must notice that it failed; but its frames are not damaged."""
+    write_film(tmp_path / "clip.ts", numbered(30))
+    content, done = (tmp_path / "clip.ts").read_bytes(), threading.Event()
+
+    class Silent(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(content)
+            self.wfile.flush()
+            done.wait(60)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr("hf_faim2f.runtime.video.PATIENCE", (10.0, 0.5))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address, out = f"http://127.0.0.1:{server.server_port}/clip.ts", tmp_path / "out"
+        printed = told([tiny, address, "--out", out, "--threshold", 0.999], capsys, 1)
+    finally:
+        done.set()
+        server.shutdown()
+        server.server_close()
+    document = json.loads((out / "clip.json").read_text())
+    assert document["frames"] > 20 and not document["whole"]
+    frames = f"{document['frames']} of its frames could be read, and are written."
+    assert f"{address} ended early (it sent nothing for 0.5 seconds): {frames}" in printed
+
+
 # ----------------------------------------------------------------------------------------------------- interruptions
 
 INTERRUPTED = """
