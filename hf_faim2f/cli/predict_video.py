@@ -5,7 +5,8 @@ Files for a video `a/clip.mp4`:
 - `a/clip.frames.jsonl`: for each predicted frame its number from 0, its time in seconds and its segments, which have
   the fields of an image's JSON, and with --track the number of the object;
 - `a/clip.overlay.mp4`, unless --no-overlays: the video of these frames, with their time stamps and the unchanged audio;
-- `a/clip.json`: the video's file and size, the number of frames, the settings, and whether the video is complete.
+- `a/clip.json`: the video's file and size, the number of predicted frames and the time of the last of them in seconds,
+  the settings, and whether the video is complete.
 
 Each file appears when it is complete. Ctrl+C and SIGTERM end the video after the current frame.
 """

@@ -35,8 +35,7 @@ SAMPLE_FORMAT, MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE = 339, 281, 341
 SUBFILE_TYPE = 254
 KINDS = {1: "u", 2: "i", 3: "f"}
 # The bytes of TIFF's types of integers, and the most entries of a directory.
-INTEGERS = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 13: 4, 16: 8, 17: 8, 18: 8}
-MOST_ENTRIES = 65535
+INTEGERS, MOST_ENTRIES = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 13: 4, 16: 8, 17: 8, 18: 8}, 65535
 DEFLATE, BY_LIBTIFF = (8, 32946), (5, 32773, 50000)  # LZW, PackBits, Zstandard
 NOT_LOSSLESS = "uncompressed, Deflate, LZW, PackBits and Zstandard files are read"
 SEPARATE, DIFFERENCES = 2, 2  # bands stored one after another; samples stored as differences to the previous pixel

@@ -106,8 +106,11 @@ def choose_precision(
         count += 1
     if not count:
         return Choice("fp32", "none of the calibration images can be read")
-    kept = f"{count} calibration {'image keeps its' if count == 1 else 'images keep their'} segments in bfloat16"
-    return Choice("bf16", f"{kept}, and {changed / pixels:.2%} of the pixels change their label")
+    share, images_ = changed / pixels, f"{count} calibration {'image' if count == 1 else 'images'}"
+    if own == "semantic":
+        return Choice("bf16", f"on {images_}, {share:.2%} of the pixels change their label in bfloat16")
+    kept = "keeps its" if count == 1 else "keep their"
+    return Choice("bf16", f"{images_} {kept} segments in bfloat16, and {share:.2%} of the pixels change their label")
 
 
 def _unmatched(one: Prediction, other: Prediction, threshold: float) -> list[Segment]:

@@ -2,8 +2,8 @@
 
 Files for an image `a/photo.jpg`:
 
-- `a/photo.json`: the image's file and size (upright by its EXIF orientation, like all outputs), and each segment's
-  class, score, box, area and mask (COCO run lengths);
+- `a/photo.json`: the image's file and size (upright by its EXIF orientation, like all outputs), the settings, and each
+  segment's class, score, box, area and mask (COCO run lengths);
 - `a/photo.labels.png`: the class of each pixel; pixels of no class have the largest value of the file, 255 or 65535;
 - `a/photo.segments.png`, except for semantic predictions: the number of each pixel's segment in the JSON, counted from
   1, and 0 for no segment;

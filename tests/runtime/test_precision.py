@@ -63,6 +63,13 @@ def test_what_agreement_is(rounded: Any, chosen: str, why: str) -> None:
     assert choice.precision == chosen and why in choice.reason
 
 
+def test_label_maps_of_a_semantic_model_are_compared_alone() -> None:
+    """Without segments, nothing is said about them."""
+    for images, told in ((["one"], "1 calibration image"), (["one", "two"], "2 calibration images")):
+        choice = choose_precision(answers(0, CAT), answers(2), images, "semantic", 0.5)
+        assert str(choice) == f"bf16: on {told}, 0.50% of the pixels change their label in bfloat16."
+
+
 def test_images_that_say_nothing() -> None:
     choice = choose_precision(answers(), answers(), ["broken"], "semantic", 0.5)
     assert str(choice) == "fp32: none of the calibration images can be read."
