@@ -210,11 +210,14 @@ class Plan:
 
 
 def digest_of(pieces: Sequence[Piece], stamps: Iterable[str] = ()) -> str:
-    """A digest of images: their paths and keys, and stamps that change when a file changes."""
+    """A digest of images: their paths and keys, and stamps that change when a file changes.
+
+    Not of the commit on the Hub: a new one may have changed only the dataset's card.
+    """
     total = hashlib.sha256()
     for piece in pieces:
         values = [os.fsencode(piece.path).hex(), piece.key, piece.first, piece.count, piece.column, piece.repo]
-        total.update(json.dumps([*values, piece.revision]).encode() + b"\n")
+        total.update(json.dumps(values).encode() + b"\n")
     for stamp in stamps:
         total.update(stamp.encode() + b"\n")
     return total.hexdigest()

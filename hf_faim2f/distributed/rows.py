@@ -21,12 +21,15 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from ..errors import BulkError, first_line
 from ..files import above_pattern, files_below, files_of_pattern, place_of, sha256_of
 from .parts import Piece, escape_path
+from .plan import FOLDER
 
 SUFFIX = ".parquet"
 # Files that identify the output of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 CONVERTED = "refs/convert/parquet"
+# The start of the names of folders there that have only the first rows of a large dataset.
+PARTIAL = "partial-"
 # The last bytes of a Parquet file: the length of its footer, and a magic number.
 TAIL = 8
 # Rows in memory at a time; images are large.
@@ -105,8 +108,16 @@ def find_rows(
         else:
             pieces = _hub_pieces(word, column, split)
         own = list(pieces)
+        columns = {piece.column: piece.key for piece, _ in own}
+        if len(columns) > 1:
+            (first, one), (second, other), *_ = columns.items()
+            raise BulkError(
+                f"{one} seems to have its images in the column {first!r}, and {other} in {second!r}: name the column "
+                "with --column, or name the files."
+            )
         for piece, stamp in own:
-            found.setdefault((piece.path, piece.repo), (piece, stamp))
+            place = place_of(Path(piece.path)) if piece.repo is None else piece.path
+            found.setdefault((place, piece.repo), (piece, stamp))
         if not own:
             of_split = f" of the split {split!r}" if split else ""
             raise BulkError(f"There is no Parquet file in {escape_path(word)}{of_split}.")
@@ -141,9 +152,9 @@ def _is_saved(path: Path) -> bool:
 
 
 def _parquet_below(path: Path) -> Iterator[Path]:
-    """The Parquet files below a folder, except hidden ones and those in a bulk run's `_run`."""
+    """The Parquet files below a folder, except hidden ones and those in a bulk run's own folder."""
     for file in files_below(path):
-        if file.name.endswith(SUFFIX) and not any(part.startswith("_") for part in file.relative_to(path).parts):
+        if file.name.endswith(SUFFIX) and FOLDER not in file.relative_to(path).parent.parts:
             yield file
 
 
@@ -250,11 +261,12 @@ def _saved_pieces(path: Path, column: str | None, split: str | None) -> Iterator
 
 def _hub_pieces(name: str, column: str | None, split: str | None) -> Iterator[tuple[Piece, str]]:
     """The Parquet files of a dataset on the Hub, which are downloaded to read their numbers of rows."""
-    missing = f"There is no file or folder {escape_path(name)}"
+    missing, is_converted = f"There is no file or folder {escape_path(name)}", False
     try:
         folder = _download(name, None)
         files = sorted(_parquet_below(folder))
         if not files:
+            is_converted = True
             folder = _download(name, CONVERTED)
             files = sorted(_parquet_below(folder))
     except Exception as error:  # depends on the name, the network and the library
@@ -263,9 +275,26 @@ def _hub_pieces(name: str, column: str | None, split: str | None) -> Iterator[tu
         ) from error
     if not files:
         raise BulkError(f"The dataset {name} on the Hub has no Parquet files: download it, and name its folder.")
+    if is_converted:
+        _check_converted(name, [file.relative_to(folder).parts for file in files])
     for file in _files_of_split(files, folder, split):
         inside = file.relative_to(folder).as_posix()
         yield _parquet_piece(file, f"{name}/{escape_path(inside)}", column, name, folder.name, inside)
+
+
+def _check_converted(name: str, places: Sequence[tuple[str, ...]]) -> None:
+    """Raises BulkError if the Hub's own Parquet files, CONFIGURATION/SPLIT/FILE, are a part of a dataset, or several
+    configurations of it, which have images in common."""
+    if any(part.startswith(PARTIAL) for parts in places for part in parts):
+        raise BulkError(
+            f"The Hub converted only a part of the dataset {name} to Parquet: download it, and name its folder."
+        )
+    if len(found := sorted({parts[0] for parts in places})) > 1:
+        raise BulkError(
+            f"The dataset {name} has several configurations ({', '.join(map(escape_path, found))}): download one with "
+            f"`hf download {name} --repo-type dataset --revision {CONVERTED} --include '{escape_path(found[0])}/*' "
+            "--local-dir DIR`, and name DIR."
+        )
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -351,7 +380,7 @@ def _saved_rows(path: Path, piece: Piece) -> Iterator[Any]:
     import datasets
 
     try:
-        data = datasets.load_from_disk(str(path)).select_columns([piece.column])
+        data = datasets.load_from_disk(str(path)).with_format(None).select_columns([piece.column])
         if isinstance(data.features[piece.column], datasets.Image):
             data = data.cast_column(piece.column, datasets.Image(decode=False))
     except Exception as error:  # its files may contain anything

@@ -484,6 +484,19 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
     with pytest.raises(BulkError, match=r"cannot be determined: name it with --column.*one \(bytes\), other \(bytes\)"):
         found(tmp_path / "two.parquet")
     assert found(tmp_path / "two.parquet", column="other") == [("two.parquet", 1)]
+    data.set_format("torch", columns=[])
+    data.save_to_disk(tmp_path / "formatted")
+    assert found(tmp_path / "formatted") == [("formatted", 5)]
+    # Files may have any name, and are read once.
+    write_rows(tmp_path / "any" / "_shards" / "_0.parquet", [{"bytes": images[0], "path": None}])
+    (tmp_path / "link").symlink_to(tmp_path / "any")
+    (tmp_path / "any" / "_run").mkdir()
+    (tmp_path / "any" / "_run" / "part.parquet").write_text("of a bulk run")
+    words = [tmp_path / "any", tmp_path / "link", tmp_path / "any" / ".." / "any"]
+    assert found(*words) == [("any/_shards/_0.parquet", 1)]
+    pq.write_table(pa.table({"mask": images[:1]}), tmp_path / "any" / "masks.parquet")
+    with pytest.raises(BulkError, match="0.parquet seems to have its images in the column 'image', and .* in 'mask'"):
+        found(tmp_path / "any")
 
 
 def test_the_hub_is_read_at_one_commit(model_folder: Path, tmp_path: Path) -> None:
@@ -515,6 +528,27 @@ def test_the_hub_is_read_at_one_commit(model_folder: Path, tmp_path: Path) -> No
     publish("datasets", "us/tars", old).mkdir(parents=True)
     write_rows(publish("datasets", "us/tars", new, "refs/convert/parquet") / "default" / "0.parquet", images[:1])
     assert find_rows(["us/tars"]).pieces[0].revision == new
+    # A commit that changes only the dataset's card does not change the images.
+    before = find_rows(["us/photos"])
+    shutil.copytree(publish("datasets", "us/photos", new), publish("datasets", "us/photos", "3" * 40))
+    after = find_rows(["us/photos"])
+    assert after.pieces[0].revision == "3" * 40
+    assert digest_of(after.pieces, after.stamps) == digest_of(before.pieces, before.stamps)
+    # The conversion may be a part of the dataset, or have the same images in several configurations.
+    for name, places, told in (
+        ("us/huge", ["default/partial-train"], "The Hub converted only a part of the dataset us/huge to Parquet"),
+        (
+            "us/two",
+            ["a/train", "b/train"],
+            r"us/two has several configurations \(a, b\): download one with `hf download",
+        ),
+    ):
+        publish("datasets", name, old).mkdir(parents=True)
+        for place in places:
+            file = publish("datasets", name, new, "refs/convert/parquet") / place / "0.parquet"
+            write_rows(file, [{"bytes": images[0], "path": None}])
+        with pytest.raises(BulkError, match=told):
+            find_rows([name])
 
 
 def test_an_ambiguous_name_of_a_model() -> None:
