@@ -19,7 +19,6 @@ from ..data.annotations import FORMS
 from ..errors import DatasetError, ImageError, PredictorError, SettingsError
 from ..files import check_empty_folder, printable
 from ..runtime.backends import BATCH_SIZE, usual_batch_size
-from ..runtime.drawing import supervision
 from ..runtime.large_images import check_grid, more_on_large
 from ..runtime.precision import PICTURES
 from ..runtime.prediction import PANOPTIC_THRESHOLD, Prediction, usual_threshold
@@ -259,11 +258,6 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     if options.precision == "auto" and (options.tiles is not None or not images):
         what = "whole images, which --tiles does not read" if images else "images, but only videos are named"
         raise SettingsError(f"--precision auto compares precisions on {what}: choose fp32 or bf16.")
-    if options.overlays:
-        try:
-            supervision()
-        except ImportError as error:
-            raise ImportError(f"{str(error).rstrip('.')}, or pass --no-overlays.") from error
     all_names = output_names([*found, *map(live_file, live), *named])
     names = all_names[: len(found)]
     if options.annotations is not None and any(name.parts[0].casefold() == ANNOTATIONS for name in names):

@@ -18,7 +18,6 @@ from ..data.item import Item
 from ..errors import DatasetError, SettingsError
 from ..evaluation.evaluator import SUBTASKS, Evaluator, choose_subtasks
 from ..hub.sections import OWN_LICENSE, check_license
-from ..runtime.drawing import supervision
 from ..training.batch_size import AUTO, largest_batch
 from ..training.distillation import Teacher, open_teacher
 from ..training.final import check_best, find_metric
@@ -186,8 +185,6 @@ def prepare(settings: TrainSettings) -> TrainRun:
     if settings.best is not None and not settings.evaluate_every:
         raise SettingsError("--best compares evaluations during training: pass --evaluate-every N, too.")
     require_packages((*PACKAGES, *(["tensorboard"] if settings.tensorboard else [])), "train")
-    if settings.samples:
-        supervision()
     out = Path(str(settings.out))
     if settings.class_weights is not None and settings.class_weights != (BALANCED,):
         settings = replace(settings, class_weights=weight_words(settings.class_weights))

@@ -211,12 +211,6 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert "is not empty: choose a new folder" in told(model_folder, image, "--out", photos)
     assert "is a file" in told(model_folder, image, "--out", image)
 
-    def missing() -> None:
-        raise ImportError("Drawing needs supervision: install hf-faim2f[draw].")
-
-    monkeypatch.setattr(command, "supervision", missing)
-    assert "hf-faim2f[draw], or pass --no-overlays." in told(model_folder, image, "--out", out)
-
 
 def test_what_is_there_is_kept_and_nothing_leaves_the_folder(
     model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
