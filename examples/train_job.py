@@ -25,7 +25,8 @@
 
     uv run --with "hf-faim2f @ SOURCE" examples/train_job.py DATASET OWNER/NAME --license LICENSE [OPTION ...]
 
-In a job it is `hf jobs uv run --flavor a10g-small --secrets HF_TOKEN --with ...` instead of `uv run --with ...`.
+In a job it is `hf jobs uv run --flavor a10g-small --timeout 6h --secrets HF_TOKEN --with ...` instead of
+`uv run --with ...`. By default a job ends after 30 minutes, and what it has not pushed is lost.
 
 uv installs what the block above lists. SOURCE is where to get hf-faim2f, which is not on PyPI yet: the URL of a wheel
 or of a git repository, or the path of a checkout. DATASET is a Hub id, or a folder of Parquet files. Other options are
@@ -52,9 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     options, more = parser.parse_known_args(arguments)
     try:
-        HfApi().whoami()  # not only after hours of training
+        # Before hours of training. It also needs the right to write there.
+        HfApi().create_repo(options.repository, private=options.private, exist_ok=True)
     except Exception as error:
-        print(f"No access to the Hub ({error}): log in with `hf auth login`, or set HF_TOKEN.", file=sys.stderr)
+        print(
+            f"No access to {options.repository} on the Hub ({error}): log in with `hf auth login`, or set HF_TOKEN, "
+            "with a token that may write there.",
+            file=sys.stderr,
+        )
         return 2
     trained = faim2f(
         ["train", "--model", options.model, "--new-labels", "--data", options.dataset, "--format", "hub",

@@ -68,22 +68,24 @@ def test_what_it_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
     monkeypatch.setattr(job, "faim2f", faim2f)
     words = ["me/data", "me/model", "--license", "mit", "--labels", "a,b", "--steps", "3", "--private"]
-    monkeypatch.setattr(job.HfApi, "whoami", lambda self: {"name": "me"})
+    made: list[Any] = []
+    monkeypatch.setattr(job.HfApi, "create_repo", lambda self, *names, **how: made.append((names, how)))
     assert job.main(words) == 0
     train, push = called
     assert train[:3] == ["train", "--model", "fai-m2f-s-ade"] and train[-4:] == ["--labels", "a,b", "--steps", "3"]
     assert train[train.index("--precision") + 1] == train[train.index("--batch-size") + 1] == "auto"
+    assert made == [(("me/model",), {"private": True, "exist_ok": True})]
     assert {"me/data", "mit"} <= set(train) and push == ["push", "run/final", "me/model", "--private"]
     called.clear()
     status[0] = 2
     assert job.main(words) == 2 and len(called) == 1  # nothing was pushed
     monkeypatch.undo()
-    monkeypatch.setattr(job.HfApi, "whoami", refuse)
+    monkeypatch.setattr(job.HfApi, "create_repo", refuse)
     assert job.main(words) == 2
-    assert capsys.readouterr().err == "No access to the Hub (no token): log in with `hf auth login`, or set HF_TOKEN.\n"
+    assert capsys.readouterr().err.startswith("No access to me/model on the Hub (no token): log in with `hf auth")
 
 
-def refuse(self: Any) -> None:
+def refuse(self: Any, *_: Any, **__: Any) -> None:
     raise ValueError("no token")
 
 
