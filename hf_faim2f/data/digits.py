@@ -7,6 +7,7 @@ Training and test scenes share neither digits nor parts of photographs.
 
 import functools
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,20 @@ INK = 0.35
 LEAST_VISIBLE = 0.85
 
 
+def _sklearn_datasets() -> Any:
+    """Imports scikit-learn's datasets; raises an ImportError that says how to install them."""
+    try:
+        return import_module("sklearn.datasets")
+    except ImportError as error:
+        raise ImportError(
+            f"Scenes of digits need scikit-learn, which cannot be imported ({error}): pip install scikit-learn."
+        ) from error
+
+
 @functools.cache
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Ink (n, 8, 8) in 0..1 and class ids (n,)."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
+    data = _sklearn_datasets().load_digits()
     held_out = np.zeros(len(data.target), dtype=bool)
     for digit in range(10):
         held_out[np.flatnonzero(data.target == digit)[::HELD_OUT]] = True
@@ -43,11 +52,10 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def _photographs(split: str) -> list[Image.Image]:
     """The parts of scikit-learn's photographs that belong to a split."""
-    from sklearn.datasets import load_sample_image
-
+    library = _sklearn_datasets()
     parts = []
     for name in ("china.jpg", "flower.jpg"):
-        photograph = Image.fromarray(load_sample_image(name))
+        photograph = Image.fromarray(library.load_sample_image(name))
         width, height = photograph.size
         if split == "test":
             parts.append(photograph.crop((width // 2, height // 2, width, height)))

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from hf_faim2f import FaiM2FImageProcessor
-from hf_faim2f.data import SegmentationCollator, class_map, readers
+from hf_faim2f.data import SegmentationCollator, class_map, digits, readers
 from hf_faim2f.data.augmentation import at_size, coco_augmentations, focoos_augmentations, to_config
 from hf_faim2f.data.collate import TrainingItems
 from hf_faim2f.data.formats import FORMATS, DataSource, dataset_type, find_format, open_data, recognize
@@ -151,6 +152,13 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
     semantic = open_data("folder", DataSource(str(write_folder(tmp_path / "data", 4))), "train").description
     with pytest.raises(ValueError, match="has semantic truth, by which semantic .* not 'panoptic'"):
         choose_subtasks(semantic, ["semantic", "panoptic"])
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    for read in (digits._digits, digits._photographs):
+        with pytest.raises(ImportError, match=r"^Scenes of digits need scikit-learn.*: pip install scikit-learn\.$"):
+            read.__wrapped__("test")
 
 
 def test_paths_of_this_machine_are_in_no_title(tmp_path: Path) -> None:
