@@ -19,6 +19,7 @@ import numpy as np
 from label_studio_sdk.converter.brush import mask2rle
 
 from hf_faim2f import Prediction, Predictor
+from hf_faim2f.errors import ImageError
 from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
 
 # Names in the labeling configuration: the brush labels, the image, and the task's field with the image's URL.
@@ -56,17 +57,22 @@ def to_prediction(prediction: Prediction, model_version: str) -> dict[str, Any]:
     return result
 
 
-def main(model: str, folder: str, out: str, url: str = "/data/local-files/?d=images") -> None:
+def main(model: str, folder: str, out: str, url: str = "/data/local-files/?d=images") -> int:
+    """Writes the tasks; returns 1 if an image was skipped, else 0."""
     predictor = Predictor.from_pretrained(model)
     print(labeling_config(predictor.network.config.id2label))
     files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     tasks = []
-    for file in files:
-        prediction = to_prediction(predictor(file)[0], model_version=Path(model).name)
-        tasks.append({"data": {FIELD: f"{url}/{quote(file.name)}"}, "predictions": [prediction]})
+    for place, made in predictor.stream(files, in_order=True):
+        if isinstance(made, ImageError):
+            print(made, file=sys.stderr)
+            continue
+        prediction = to_prediction(made, model_version=Path(model).name)
+        tasks.append({"data": {FIELD: f"{url}/{quote(files[place].name)}"}, "predictions": [prediction]})
     Path(out).write_text(json.dumps(tasks), encoding="utf-8")
     print(f"{len(tasks)} tasks: {out}", file=sys.stderr)
+    return 1 if len(tasks) < len(files) else 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    sys.exit(main(*sys.argv[1:5]))

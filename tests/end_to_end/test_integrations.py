@@ -5,7 +5,11 @@ installed, and docs/limits.md says when that last happened.
 """
 
 import importlib.util
+import json
+import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -127,3 +131,22 @@ def test_label_studio(predictor: Predictor, subtask: str) -> None:
         assert region["value"]["brushlabels"] == [segment.label] and region.get("score") == segment.score
         decoded = decode_rle(region["value"]["rle"]).reshape(384, 384, 4)
         assert np.array_equal(decoded[..., 3] > 0, mask)
+
+
+def test_label_studio_leaves_out_what_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also without the library, which only encodes the masks."""
+    brush = ModuleType("brush")
+    brush.mask2rle = lambda mask: [int(mask.sum())]  # type: ignore[attr-defined]
+    for name in ("label_studio_sdk", "label_studio_sdk.converter"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "label_studio_sdk.converter.brush", brush)
+    (tmp_path / "images").mkdir()
+    for name in ("a.jpg", "c.jpg"):
+        shutil.copy(SCENE, tmp_path / "images" / name)
+    (tmp_path / "images" / "b.jpg").write_bytes(SCENE.read_bytes()[:500])
+    assert example("label_studio_predictions").main(str(DIGITS), str(tmp_path / "images"), str(tmp_path / "out")) == 1
+    tasks = json.loads((tmp_path / "out").read_text())
+    assert [task["data"]["image"].rsplit("/")[-1] for task in tasks] == ["a.jpg", "c.jpg"]
+    assert "b.jpg" in capsys.readouterr().err
