@@ -156,6 +156,7 @@ def test_any_size_is_refused_where_it_was_never_seen_to_be_right(
     }
     for number, (named, backbone) in enumerate(backbones.items()):
         small_model(backbone_config=backbone.to_dict(), decoder_layers=1).save_pretrained(tmp_path / str(number))
+        FaiM2FImageProcessor().save_pretrained(tmp_path / str(number))
         capsys.readouterr()  # discards the output of saving
         assert main(["onnx", str(tmp_path / str(number)), str(tmp_path / "out")]) == 2
         told = [line for line in capsys.readouterr().err.splitlines() if line and "Loading weights" not in line]
