@@ -28,24 +28,33 @@ LONGEST_NUMBER = 7
 COUNTS_TOGETHER = 1 << 14
 
 # The names of folders with label maps, in the layouts of all formats: whole names, and the ends of CamVid's with what
-# the names of the maps have in addition to those of their images. Roboflow's maps are beside the images and this file.
+# the names of the maps have in addition to those of their images. Roboflow's maps have this end, and are beside the
+# images and this file.
 MAP_FOLDERS = frozenset({"annotations", "masks", "SegmentationClass", "SegmentationObject", "gtFine"})
 CAMVID_ENDS = {"annot": "", "_labels": "_L", "_masks": ""}
-ROBOFLOW_CLASSES = "_classes.csv"
+ROBOFLOW_CLASSES, ROBOFLOW_END = "_classes.csv", "_mask"
 
 
 def maps_among(folder: Path, images: Iterable[Path]) -> str | None:
     """Which of the folders of these images, all in `folder`, has label maps, as a sentence; None if none has.
 
-    Its name or its files say so. Label maps can be read like images, but are nearly black.
+    Its name says so, or a file beside it. Label maps can be read like images, but are nearly black.
     """
-    for place in sorted({path.parent for path in images}):
-        names = {folder.resolve().name, *place.relative_to(folder).parts}
-        if names & MAP_FOLDERS or any(name.endswith(tuple(CAMVID_ENDS)) for name in names):
+    folder = folder.resolve()
+    for place in sorted({path.resolve().parent for path in images if path.suffix.lower() == ".png"}):
+        inside = place.relative_to(folder).parts if place.is_relative_to(folder) else ()
+        if any(map(_is_of_maps, (folder, *(folder.joinpath(*inside[:count]) for count in range(1, len(inside) + 1))))):
             return f"{place} has maps of labels: name a folder that has only images."
-        if (place / ROBOFLOW_CLASSES).is_file():
+        if (place / ROBOFLOW_CLASSES).is_file() and any(place.glob(f"*{ROBOFLOW_END}.png")):
             return f"{place} has maps of labels ({ROBOFLOW_CLASSES}): name a folder that has only images."
     return None
+
+
+def _is_of_maps(folder: Path) -> bool:
+    if folder.name in MAP_FOLDERS:
+        return not (folder / "images").is_dir()  # as in `annotations` of predictions
+    ends = (end for end in CAMVID_ENDS if folder.name.endswith(end))
+    return any(folder.name != end and folder.with_name(folder.name.removesuffix(end)).is_dir() for end in ends)
 
 
 def box_of(mask: np.ndarray) -> list[int]:

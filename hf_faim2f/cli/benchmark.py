@@ -65,8 +65,8 @@ BATCH_SIZES = (1, 4, 8)
 RUNS, WARM_UP = 30, 3
 # Decoded images are held in memory, and more of them would hardly change the results.
 MOST_IMAGES = 32
-# The files that describe exports.
-DESCRIPTIONS = (engine.DESCRIPTION, formats.DESCRIPTION, aotinductor.DESCRIPTION)
+# The files that describe exports for these runtimes.
+DESCRIPTIONS = {"tensorrt": engine.DESCRIPTION, "aotinductor": aotinductor.DESCRIPTION}
 
 
 @dataclass
@@ -264,7 +264,7 @@ def _candidate(
         sizes = sides[0] if len(sides) == 1 else f"{len(sides)} sizes"
         pictures = f"{len(images)} {'image' if len(images) == 1 else 'images'} of {sizes}"
     assert contender.subtask is not None
-    metric = _metric(options, model, contender, notes)
+    metric = _metric(options, model, runtime, contender, notes)
     return Candidate(model, runtime, name, contender, _batch_sizes(options, contender, notes), metric, pictures)
 
 
@@ -297,7 +297,9 @@ def _known_metric(name: str, subtask: str, labels: int) -> Metric | None:
     return known_metric(name, subtask, labels, folder)
 
 
-def _metric(options: argparse.Namespace, model: str, contender: Contender, notes: list[str]) -> Metric | None:
+def _metric(
+    options: argparse.Namespace, model: str, runtime: str, contender: Contender, notes: list[str]
+) -> Metric | None:
     """The known quality metric, if the model is benchmarked at the image size that the metric is valid for.
 
     Raises:
@@ -314,36 +316,36 @@ def _metric(options: argparse.Namespace, model: str, contender: Contender, notes
             )
     if metric is None:
         return None
-    precision = _precision(Path(model))
+    precision = None if source == model else _precision(Path(model), runtime)
     if precision == "int8":
         notes.append(f"The metric of {source} is left out for {model}, which is quantized and so has another.")
         return None
     valid, used = (_resizing(one) for one in (open_settings(source)[1], contender.predictor.network.processor))
     if used != valid:
         what = f"{model}'s metric" if source == model else f"The metric of {source} for {model}"
-        notes.append(f"{what} is left out: it is valid for images resized to {valid}, and here they are to {used}.")
+        notes.append(f"{what} is left out: it is valid for images {valid}, and here they are {used}.")
         return None
     if precision not in (None, "fp32"):
         notes.append(f"The metric of {source} is that of float32, and {model} computes in {precision}.")
     return metric
 
 
-def _precision(folder: Path) -> str | None:
+def _precision(folder: Path, runtime: str) -> str | None:
     """The precision of an export, as far as its description says it; None for an ONNX graph that is not quantized."""
     if (folder / QUANTIZATION).is_file():
         return "int8"
-    found = next((path for path in (folder / name for name in DESCRIPTIONS) if path.is_file()), None)
-    return None if found is None else str(read_object(found).get("precision"))
+    described = DESCRIPTIONS.get(runtime, formats.DESCRIPTION if RUNTIMES[runtime].is_format else None)
+    return None if described is None else str(read_object(folder / described).get("precision"))
 
 
 def _resizing(processor: FaiM2FImageProcessor) -> str:
     """How an image processor resizes images, in words."""
     settings: dict[str, Any] = processor.to_dict()
     if not settings["do_resize"]:
-        return "no other size"
+        return "that are not resized"
     size: dict[str, int | None] = settings["size"]
     if "height" in size:
-        return f"{size['height']}x{size['width']}"
-    words = f"a shorter side of {size['shortest_edge']}"
+        return f"resized to {size['height']}x{size['width']}"
+    words = f"resized to a shorter side of {size['shortest_edge']}"
     words += f" and a longer of at most {size['longest_edge']}" if size.get("longest_edge") else ""
     return words + (f", in multiples of {settings['size_divisor']}" if settings["size_divisor"] else "")

@@ -122,7 +122,7 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
     if not of_rows and (column or split):
         flag = "--column" if column else "--split"
         raise SettingsError(f"{flag} is for datasets, but no dataset is named: leave it out.")
-    images = find_sources(of_files, out)
+    images = find_sources(of_files, out, takes_films=False)
     pieces = [Piece(str(one.path.absolute()), escape_path(str(one.path))) for one in images]
     stamps: Iterable[str] = (_stamp(one.path) for one in images)
     if of_rows:

@@ -94,8 +94,13 @@ def live_file(word: str) -> FoundFile:
     return FoundFile(Path(name.strip(".") or parts.hostname or "stream"), 1)
 
 
-def find_sources(words: Sequence[str], out: Path) -> list[FoundFile]:
+def find_sources(words: Sequence[str], out: Path, takes_films: bool = True) -> list[FoundFile]:
     """Finds the images and videos that the command line names; says which videos and earlier outputs it skips.
+
+    Args:
+        words: the arguments.
+        out: the output folder.
+        takes_films: whether the command would predict videos that are named.
 
     Raises:
         SettingsError: an argument matches nothing, or only what is skipped.
@@ -107,14 +112,15 @@ def find_sources(words: Sequence[str], out: Path) -> list[FoundFile]:
         films = _films_passed_over(words, [], out)
         if "There is no image" not in str(error) or not films:
             raise
-        raise SettingsError(f"{str(error).rstrip('.')}, only videos: {_name_them(films)}.") from error
+        raise SettingsError(f"{str(error).rstrip('.')}, only videos: {_name_them(films, takes_films)}.") from error
     if words and not found:
         raise SettingsError(f"There is nothing to predict: {outputs}")
     if outputs.found:
         say(str(outputs))
     films = _films_passed_over(words, found, out)
     if films:
-        say(f"{'1 video is' if len(films) == 1 else f'{len(films)} videos are'} skipped: {_name_them(films)}.")
+        count = "1 video is" if len(films) == 1 else f"{len(films)} videos are"
+        say(f"{count} skipped: {_name_them(films, takes_films)}.")
     return found
 
 
@@ -131,10 +137,11 @@ def _films_passed_over(words: Sequence[str], found: Sequence[FoundFile], out: Pa
     return [film for film in films if film.suffix.lower() in FILM_SUFFIXES and film not in named]
 
 
-def _name_them(films: Sequence[Path]) -> str:
+def _name_them(films: Sequence[Path], takes_films: bool) -> str:
     names = ", ".join(printable(film) for film in films[:MOST_LISTED])
     more = f" and {len(films) - MOST_LISTED} more" if len(films) > MOST_LISTED else ""
-    return f"{names}{more}; to predict videos, name them, for example 'FOLDER/*{films[0].suffix}'"
+    how = f"name them, for example 'FOLDER/*{films[0].suffix}'" if takes_films else "name them without --ray"
+    return f"{names}{more}; to predict videos, {how}"
 
 
 def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") -> str | None:

@@ -263,6 +263,11 @@ class AnnotationFolder:
         with self._lock:
             self._added.setdefault(part, {})[index] = (str(file), size, entries)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether an image has been added."""
+        return bool(self._added)
+
     def finish(self) -> None:
         """Writes the files about the whole dataset, such as the class names.
 

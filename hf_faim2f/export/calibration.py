@@ -177,8 +177,12 @@ def activation_ranges(network: Any, calibration: Calibration) -> Any:
         return calibrator.compute_data()
 
 
-def open_session(model: Any) -> Any:
+def open_session(model: Any, is_quantized: bool = False) -> Any:
     """Opens a graph, an `onnx.ModelProto`, in onnxruntime, on the CPU.
+
+    Args:
+        model: the graph.
+        is_quantized: whether this package quantized it; else it is the user's.
 
     Raises:
         ExportError: onnxruntime cannot.
@@ -190,10 +194,14 @@ def open_session(model: Any) -> Any:
     options.log_severity_level = 3  # errors
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except MemoryError:
+        raise
     except Exception as error:  # of onnxruntime's own classes
+        what = "the quantized graph" if is_quantized else "the graph"
+        remedy = "export the model again here, or install the version of onnxruntime that it was exported with"
+        remedy = "please report it with the model's config.json" if is_quantized else remedy
         raise ExportError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot open the graph ({first_line(error)}): export the model "
-            "again here, or install the version of onnxruntime that it was exported with."
+            f"ONNX Runtime {onnxruntime.__version__} cannot open {what} ({first_line(error)}): {remedy}."
         ) from error
 
 

@@ -265,7 +265,7 @@ class Trials:
 
     def changes(self, nodes: Sequence[str], count: int | None = None) -> list[Change]:
         """The change for each image in the first `count` held-out batches, or all, with these layers in int8."""
-        session = open_session(self.quantized(self.network, nodes))
+        session = open_session(self.quantized(self.network, nodes), is_quantized=True)
         found: list[Change] = []
         for batch, expected in zip(self.held_out[:count], self.expected, strict=False):
             found += [_change(*pair) for pair in zip(expected, self._answer(session, batch), strict=False)]
@@ -349,7 +349,7 @@ def _save(model: Any, path: Path, calibration: Calibration) -> None:
     import onnx
 
     onnx.save(model, path)
-    session = open_session(onnx.load(path))
+    session = open_session(onnx.load(path), is_quantized=True)
     session.run(None, {session.get_inputs()[0].name: calibration.held_out[0]})
 
 

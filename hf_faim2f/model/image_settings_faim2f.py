@@ -200,7 +200,8 @@ def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 def takes_fractions(settings: Mapping[str, Any]) -> bool:
     """Whether an image processor's normalization is of pixels in 0..1 that it does not rescale to that range."""
-    return settings["do_normalize"] and not settings["do_rescale"] and max(settings["image_mean"]) <= 1
+    most = max(*settings["image_mean"], *settings["image_std"])
+    return settings["do_normalize"] and not settings["do_rescale"] and most <= 1
 
 
 # A pixel above this is not in 0..1, even after resampling, which overshoots.

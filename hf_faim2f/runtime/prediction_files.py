@@ -41,7 +41,7 @@ DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", "
 FILM, LINES = ".overlay.mp4", ".frames.jsonl"
 SUFFIXES = (DOCUMENT, LABELS, SEGMENTS, OVERLAY, FILM, LINES)
 LEFT_OUT = "left_out.txt"
-ANNOTATIONS = "annotations"
+ANNOTATIONS, FINISHED = "annotations", ("annotations", "data.yaml", "labels.txt")  # the last are what it then holds
 # File systems limit names to 255 bytes, including the suffixes and the mark of a temporary file.
 LONGEST_NAME = 200
 # Longer side of an overlay in pixels, so that labels are readable and JPEG supports the size.
@@ -176,15 +176,17 @@ class PredictionWriter:
         finally:
             self.stopped = True
             self.executor.shutdown(cancel_futures=True)
-            if self.annotations is not None and (kind is None or not issubclass(kind, OSError)):
+            if self.annotations is not None and (
+                kind is None or (self.annotations.has_images and not issubclass(kind, OSError))
+            ):
                 self.annotations.finish()
 
 
 class EarlierOutputs:
     """Recognizes outputs of earlier predictions among images and videos, so that they are not predicted; collects them.
 
-    They are recognized by their names, and outside of the output folder also by the prediction's JSON beside them. In
-    the output folder, all files of its folder `annotations` are outputs.
+    They are recognized by their names and by the prediction's JSON beside them; in the output folder, where an
+    interruption may have left no JSON, by their names alone, and copies in its folder `annotations` by the files there.
 
     Args:
         out: the output folder.
@@ -202,16 +204,21 @@ class EarlierOutputs:
         """
         place = place_of(path)
         suffix = next((suffix for suffix in (LABELS, SEGMENTS, OVERLAY, FILM) if path.name.endswith(suffix)), None)
-        is_output = place.startswith(os.path.join(self.inside, ANNOTATIONS, "")) or (
-            suffix is not None
-            and (
-                place.startswith(self.inside)
-                or _is_prediction(path.with_name(path.name.removesuffix(suffix) + DOCUMENT))
-            )
+        is_output = suffix is not None and (
+            place.startswith(self.inside) or _is_prediction(path.with_name(path.name.removesuffix(suffix) + DOCUMENT))
         )
-        if is_output:
+        if is_output or any(self._is_copy(Path(place), above) for above in Path(place).parents):
             self.found[place] = path
-        return is_output
+        return place in self.found
+
+    def _is_copy(self, path: Path, above: Path) -> bool:
+        """Whether an image in the folder `above` is the copy of one that was predicted with annotations."""
+        if above.name != ANNOTATIONS:
+            return False
+        if os.path.join(above.parent, "") == self.inside and any((above / name).exists() for name in FINISHED):
+            return True
+        place = path.relative_to(above).parts
+        return _is_prediction(above.parent.joinpath(*place[place[0] == "images" : -1], path.stem + DOCUMENT))
 
     def __str__(self) -> str:
         count, first = len(self.found), next(map(printable, self.found.values()), "")

@@ -235,7 +235,9 @@ def reading(checkpoint: Path | None) -> Iterator[None]:
     except (RuntimeError, SafetensorError, UnpicklingError, EOFError, FileNotFoundError, ValueError) as error:
         if checkpoint is None or isinstance(error, (torch.OutOfMemoryError, FaiM2FError)):
             raise
-        if isinstance(error, (FileNotFoundError, ValueError)) and str(checkpoint) not in str(error):
+        if isinstance(error, (FileNotFoundError, ValueError)) and not re.search(
+            rf"{re.escape(str(checkpoint))}(?!\d)", str(error)
+        ):
             raise
         if isinstance(error, (RuntimeError, EOFError)) and not _is_of_archive(error):
             raise

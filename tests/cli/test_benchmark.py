@@ -1,5 +1,6 @@
 """`faim2f benchmark`: it times the predictor's own steps, reports exact figures, and writes its files atomically."""
 
+import argparse
 import functools
 import itertools
 import json
@@ -445,13 +446,15 @@ def test_the_plot_has_a_point_for_each_model_with_a_metric(
     note = f"The metric of {model_folder} is left out for {models[2]}, which is quantized and so has another."
     assert note in capsys.readouterr().out
     (models[2] / "quantization.json").unlink()
+    options = argparse.Namespace(metrics_from=str(model_folder))
+    contender = Contender(Predictor.from_pretrained(models[2], device="cpu"), photographs()[:1], "semantic")
     for precision, value in (("int8", None), ("bf16", 62.25)):
         (models[2] / "engine.json").write_text(json.dumps({"precision": precision}))
-        assert benchmark(models[2], "--out", tmp_path / precision, *flags, "--runtime", "torch") == 0
-        metric = json.loads((tmp_path / precision / "results.json").read_text())["results"][0]["metric"]
-        assert (metric and metric["value"]) == value
-    note = f"The metric of {model_folder} is that of float32, and {models[2]} computes in bf16."
-    assert note in capsys.readouterr().out
+        notes: list[str] = []
+        metric = command._metric(options, str(models[2]), "tensorrt", contender, notes)
+        assert (metric and metric.value) == value and len(notes) == 1
+        assert command._metric(options, str(models[2]), "torch", contender, []).value == 62.25
+    assert notes == [f"The metric of {model_folder} is that of float32, and {models[2]} computes in bf16."]
     (models[2] / "engine.json").unlink()
     processor = FaiM2FImageProcessor.from_pretrained(models[2])
     FaiM2FImageProcessor.from_dict(processor.to_dict(), size={"height": 64, "width": 96}).save_pretrained(models[2])
@@ -460,7 +463,7 @@ def test_the_plot_has_a_point_for_each_model_with_a_metric(
     assert json.loads((tmp_path / "resized" / "results.json").read_text())["results"][0]["metric"] is None
     printed = capsys.readouterr().out
     note = f"The metric of {model_folder} for {models[2]} is left out: it is valid for images resized to a shorter side"
-    assert f"{note} of 64" in printed and ", and here they are to 64x96." in printed
+    assert f"{note} of 64" in printed and ", and here they are resized to 64x96." in printed
     # Squares keep a square's aspect ratio, but not that of other images.
     assert benchmark(models[2], "--out", tmp_path / "square", *flags, "--size", "64x64") == 0
     assert json.loads((tmp_path / "square" / "results.json").read_text())["results"][0]["metric"] is None

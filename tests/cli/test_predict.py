@@ -543,9 +543,14 @@ def test_outputs_of_earlier_runs_are_no_photographs(
     copies = 5 if more else 0
     assert f"{copies + 15} outputs of earlier predictions are skipped, such as " in capsys.readouterr().out
     assert again == images
-    shutil.rmtree(photos / "run1" / "annotations", ignore_errors=True)
     assert predicted(photos, "--out", photos / "run2") == images
-    assert "15 outputs of earlier predictions are skipped" in capsys.readouterr().out
+    assert f"{copies + 15} outputs of earlier predictions are skipped" in capsys.readouterr().out
+    (photos / "annotations").mkdir()
+    photographs()[0].save(photos / "annotations" / "x.png")  # the user's own
+    assert predicted(photos, "--out", photos / "run3") == {*images, "annotations/x.png"}
+    capsys.readouterr()
+    shutil.rmtree(photos / "annotations")
+    shutil.rmtree(photos / "run3")
     shutil.rmtree(photos / "run1")
     shutil.rmtree(photos / "run2")
     # The output folder contains the images.

@@ -339,10 +339,20 @@ def test_unusable_palettes(tmp_path: Path, text: str, words: str) -> None:
         read_palette(tmp_path / "p.txt")
 
 
-@pytest.mark.parametrize("text", ["zone 1 0 9 255\nzone 2 9 0 255\n", "2 cents 1 1 1\nsky 9 0 0\n", "lane 1 9 9 255"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "zone 1 0 9 255\nzone 2 9 0 255\n",
+        "2 cents 1 1 1\nsky 9 0 0\n",
+        "lane 1 9 9 255",
+        "Highway 1 255 0 0\nRoute 66 0 255 0\n",
+        "3 wheeler 200 3 4\n4 wheeler 1 2 3\n",
+        "lane 1 #0000ff\nsign 2 #00ffff\n",
+    ],
+)
 def test_names_may_have_numbers(tmp_path: Path, text: str) -> None:
     (tmp_path / "p.txt").write_text(text)
-    expected = tuple(line.rsplit(" ", 3)[0] for line in text.strip().split("\n"))
+    expected = tuple(line.rsplit(" ", 1 if "#" in line else 3)[0] for line in text.strip().split("\n"))
     assert read_palette(tmp_path / "p.txt").labels == expected
 
 

@@ -294,6 +294,14 @@ def test_a_value_to_ignore_that_is_a_class_is_refused(tmp_path: Path) -> None:
         load_folder(tmp_path, ignore_index=2, reduce_labels=True)
     assert class_map(load_folder(tmp_path, ignore_index=0, reduce_labels=True)[0]).tolist() == [[-1, 0, 0]]
     assert class_map(load_folder(tmp_path, ["car"], ignore_index=1)[0]).tolist() == [[0, -1, -1]]
+    # Numbers of instances are no classes, except for red.
+    assert load_folder(tmp_path, ["car"], "instance", ignore_index=0)[0]["segments"].tolist() == [[-1, 0, 0]]
+    colors = np.zeros((1, 2, 3), dtype=np.uint8)
+    colors[0, 1] = (1, 1, 0)
+    write_folder(tmp_path / "red", {"a": colors}, labels="car\nsky\n")
+    assert load_folder(tmp_path / "red", task="instance")[0]["classes"].tolist() == [0, 1]
+    with pytest.raises(DatasetError, match="The value 0 is to be ignored"):
+        load_folder(tmp_path / "red", task="instance", ignore_index=0)[0]
 
 
 def test_the_usual_value_to_ignore_yields_to_a_class(tmp_path: Path) -> None:

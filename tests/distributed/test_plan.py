@@ -148,7 +148,9 @@ def test_a_run_goes_on_with_out_inside_an_input_folder(
     printed = capsys.readouterr().out
     assert f"{count} image{'s'[: count > 1]} are finished" in printed
     assert ("3 outputs of earlier predictions are skipped" in printed) == (kind == "files")
-    assert ("1 video is skipped: more/clip.mp4; to predict videos" in printed) == (kind == "files")
+    assert ("1 video is skipped: more/clip.mp4; to predict videos, name them without --ray." in printed) == (
+        kind == "files"
+    )
     assert len(rows_of(photos / "out")) == count
 
 

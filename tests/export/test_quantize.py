@@ -308,15 +308,24 @@ def test_images_of_different_sizes_are_no_batch(tmp_path: Path) -> None:
 
 def test_maps_of_labels_are_no_images(tmp_path: Path) -> None:
     given = onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, [1, 3, None, None])
-    for number, (name, file) in enumerate(
-        (("masks", "a.png"), ("trainannot/town", "a.png"), ("mixed", "_classes.csv"), ("plain", "a.txt"))
+    for number, (name, files) in enumerate(
+        (
+            ("masks", []),
+            ("trainannot/town", []),
+            ("mixed", ["_classes.csv", "a_mask.png"]),
+            ("classified", ["_classes.csv"]),
+            ("images_with_labels", []),
+            ("annotations/images", []),
+        )
     ):
         root = tmp_path / str(number)
+        (root / "train").mkdir(parents=True)
         for folder in (root / "images", root / name):
             folder.mkdir(parents=True)
             photographs()[0].save(folder / "a.png")
-        (root / name / file).touch()
-        if name == "plain":
+        for file in files:
+            (root / name / file).touch()
+        if number > 2:
             assert len(choose_images(root, FaiM2FImageProcessor(), given, 9, 1).paths) == 1
             continue
         with pytest.raises(ExportError, match=f"{root / name} has maps of labels.*: name a folder"):

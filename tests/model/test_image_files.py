@@ -349,10 +349,6 @@ def test_a_phone_s_pictures_of_several_frames_are_jpeg(tmp_path: Path) -> None:
     assert next(load_images([tmp_path / "photo.jpg"])).shape == (3, 111, 183)
 
 
-# ----------------------------------------------------------------------------------------------- what is not a file
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="There are no pipes.")
 def tiled_tiff(path: Path, side: int, big: bool, wide: bool, more: tuple[int, ...]) -> Path:
     """A gray TIFF file of 20x20 pixels in one white tile, by the standard.
 
@@ -392,6 +388,10 @@ def test_a_tile_much_larger_than_its_image_is_refused(
         open_picture(path, "x.tif", Limits(megapixels=0.06))
 
 
+# ----------------------------------------------------------------------------------------------- what is not a file
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="There are no pipes.")
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening a pipe that nobody writes to would block forever."""
     os.mkfifo(tmp_path / "pipe.png")

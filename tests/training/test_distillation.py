@@ -401,10 +401,14 @@ def test_mixed_items_are_half_unlabelled(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match="masks has maps of labels: name a folder that has only images."):
             UnlabelledImages(folder)
     camvid = shutil.copytree(tmp_path / "images", tmp_path / "camvid" / "trainannot")
+    UnlabelledImages(camvid.parent)  # any name may have that end
+    (camvid.parent / "train").mkdir()
     with pytest.raises(DatasetError, match="trainannot has maps of labels"):
         UnlabelledImages(camvid.parent)
     roboflow = shutil.copytree(tmp_path / "images", tmp_path / "roboflow")
     (roboflow / "_classes.csv").touch()
+    UnlabelledImages(roboflow)  # as in an export for classification
+    shutil.copy(next(roboflow.glob("*.png")), roboflow / "a_mask.png")
     with pytest.raises(DatasetError, match=r"roboflow has maps of labels \(_classes.csv\)"):
         UnlabelledImages(roboflow)
     assert len(images) == 5 and not len(images[0]["classes"]) and (images[0]["segments"] == -1).all()

@@ -399,6 +399,13 @@ def test_a_damaged_checkpoint_is_one_sentence(
         path.write_bytes(whole)
 
 
+def test_a_missing_file_of_another_checkpoint_is_not_this_one_s(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), reading(tmp_path / "checkpoint-1"):
+        (tmp_path / "checkpoint-10" / "optimizer.pt").read_bytes()
+    with pytest.raises(ModelError, match="checkpoint-1 cannot be read"), reading(tmp_path / "checkpoint-1"):
+        (tmp_path / "checkpoint-1" / "optimizer.pt").read_bytes()
+
+
 def test_a_gpu_that_is_too_small_for_a_checkpoint_does_not_damage_it(tmp_path: Path) -> None:
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

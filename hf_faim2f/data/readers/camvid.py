@@ -21,7 +21,7 @@ from ...masks import CAMVID_ENDS as ENDS
 from ..dataset import ROW_FEATURES, Problems, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import AnnotationFrame, file_source, path_inside, png_inside, read_small_text
 from .folder import LABELS_FILE, describe_maps, paired_maps, read_labels
-from .maps import SemanticMapReader, class_of_value, refuse_ignored_white
+from .maps import SemanticMapReader, class_of_value, refuse_ignored_class, refuse_ignored_white
 from .palette import find_palette, is_palette, load_colors
 
 logger = logging.get_logger(__name__)
@@ -88,6 +88,7 @@ def load_camvid(
     listed = root / f"{part}.txt"
     columns = _listed(listed, images, masks, problems) if listed.is_file() else paired_maps(images, masks, problems)
     description = describe_maps(str(root), "semantic", names, problems.report(str(root)), annotation_frame)
+    refuse_ignored_class(len(names), ignore_index)
     classes = class_of_value(len(names), ignore_index)
     if names == CLASSES:
         classes.setdefault(len(CLASSES), -1)

@@ -30,7 +30,14 @@ from ...errors import DatasetError
 from ...files import read_text
 from ..dataset import ROW_FEATURES, Description, Problems, Task, lazy_dataset
 from ..files import LABELS_FILE, AnnotationFrame, check_regular, file_source, list_images
-from .maps import InstanceMapReader, MapReader, SemanticMapReader, class_of_value, refuse_ignored_white
+from .maps import (
+    InstanceMapReader,
+    MapReader,
+    SemanticMapReader,
+    class_of_value,
+    refuse_ignored_class,
+    refuse_ignored_white,
+)
 
 
 def load_folder(
@@ -105,11 +112,16 @@ def map_reader(
     Args:
         ignore_index, reduce_labels: as in `load_folder`.
         image, annotation: names of the columns.
+
+    Raises:
+        DatasetError: the task is "semantic", and `ignore_index` is a class.
     """
     classes = class_of_value(len(description.labels), ignore_index, reduce_labels)
-    reader: type[InstanceMapReader] | type[SemanticMapReader]
-    reader = InstanceMapReader if description.task == "instance" else SemanticMapReader
-    return reader(description, classes, image=image, annotation=annotation)
+    if description.task == "instance":
+        ignored = (ignore_index, reduce_labels)
+        return InstanceMapReader(description, classes, image=image, annotation=annotation, ignored=ignored)
+    refuse_ignored_class(len(description.labels), ignore_index, reduce_labels)
+    return SemanticMapReader(description, classes, image=image, annotation=annotation)
 
 
 def paired_maps(images: Path, maps: Path, problems: Problems, end: str = "") -> dict[str, list[Any]]:

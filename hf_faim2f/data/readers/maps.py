@@ -110,13 +110,16 @@ class InstanceMapReader(MapReader):
     Args:
         classes: the class of each red value in color maps, -1 for none; see `class_of_value`.
         image, annotation: names of the columns.
+        ignored: the red value to be ignored, and whether the values are reduced; see `refuse_ignored_class`.
     """
 
     classes: Mapping[int, int]
+    ignored: tuple[int | None, bool] = field(default=(None, False), kw_only=True)
 
     def segments(self, source: Source, height: int, width: int) -> Segments:
         """One segment for each instance in the map."""
         if has_colors(source):
+            refuse_ignored_class(len(self.description.labels), *self.ignored)
             colors = read_colors(source, height, width)
             self._check_colors(source, colors)
             red, green, _ = colors
@@ -217,25 +220,12 @@ def class_of_value(num_labels: int, ignore_index: int | None = 255, reduce_label
 
     Args:
         num_labels: number of classes.
-        ignore_index: the value of pixels without a class; None if there is none. 255, the default, yields to a class of
-            that value. If it is None and the values are 0 and 1, 255 means the same as 1, as in binary masks.
+        ignore_index: the value of pixels without a class; None if there is none. It yields to a class of that value, so
+            call `refuse_ignored_class` for a given one. If it is None and the values are 0 and 1, 255 means the same
+            as 1, as in binary masks.
         reduce_labels: values are class + 1, and 0 is no class, as in ADE20K's files.
-
-    Raises:
-        DatasetError: `ignore_index` is the value of a class, but not 255.
     """
     first = 1 if reduce_labels else 0
-    if ignore_index not in (None, WHITE) and ignore_index in range(first, first + num_labels):
-        raise DatasetError(
-            f"The value {ignore_index} is to be ignored (ignore_index), but is also that of one of the {num_labels} "
-            f"classes, {first} to {first + num_labels - 1}: "
-            + (
-                "name only the classes from 1 on and pass --reduce-labels (in Python reduce_labels=True), or leave "
-                "the option out."
-                if ignore_index == 0
-                else "if its name is the last, take it out of the labels, or else leave the option out."
-            )
-        )
     void = {} if ignore_index is None else {ignore_index: -1}
     if reduce_labels:
         void[0] = -1
@@ -243,6 +233,25 @@ def class_of_value(num_labels: int, ignore_index: int | None = 255, reduce_label
     if ignore_index is None and set(classes) == {0, 1}:
         classes[WHITE] = classes[1]
     return classes
+
+
+def refuse_ignored_class(num_labels: int, ignore_index: int | None, reduce_labels: bool = False) -> None:
+    """Raises DatasetError if the value to be ignored is that of a class, but not 255, the default.
+
+    Args:
+        num_labels, ignore_index, reduce_labels: as in `class_of_value`.
+    """
+    first = 1 if reduce_labels else 0
+    if ignore_index in (None, WHITE) or ignore_index not in range(first, first + num_labels):
+        return
+    remedy = "if its name is the last, take it out of the labels, or else leave the option out."
+    if ignore_index == 0:
+        remedy = "name only the classes from 1 on and pass --reduce-labels (in Python reduce_labels=True), or leave "
+        remedy += "the option out."
+    raise DatasetError(
+        f"The value {ignore_index} is to be ignored (ignore_index), but is also that of one of the {num_labels} "
+        f"classes, {first} to {first + num_labels - 1}: {remedy}"
+    )
 
 
 @dataclass(frozen=True)

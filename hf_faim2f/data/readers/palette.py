@@ -18,7 +18,7 @@ import datasets
 from ...errors import DatasetError
 from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import LABELS_FILE, AnnotationFrame, Source, read_colors, read_small_text, source_name
-from ..item import index_values
+from ..item import WHITE, index_values
 from .folder import load_folder, paired_maps, read_labels
 from .maps import IgnoredWhiteError, MapReader, Segments, table_of
 
@@ -35,7 +35,7 @@ VOC_BORDER = (224, 224, 192)
 NO_CLASS = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled", "_void_")
 _FIRST = re.compile(r"^(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\S.*)$")
 _LAST = re.compile(r"^(\S.*?)[\s,:;=]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})(?:\s*:.*)?$")
-_NUMBER_FIRST = re.compile(r"^\d+[\s,:;]+\S")
+_NUMBER_FIRST = re.compile(r"^(\d{1,3})[\s,:;]+\S")
 _NUMBER_LAST = re.compile(r"^(\S.*?)[\s,:;=]+\d{1,3}$")
 _HEX = re.compile(r"^(\S.*?)[\s,:;=]+#([0-9a-fA-F]{6})$")
 
@@ -85,6 +85,7 @@ def read_palette(path: Path) -> Palette:
             a color is repeated.
     """
     lines: list[tuple[str, Color]] = []
+    plain: list[tuple[str, Color]] = []
     for number, line in enumerate(read_small_text(path).split("\n"), 1):
         text = line.strip()
         if not text or text.startswith(("#", "//")) or re.fullmatch(r"name[\s,]+r[\s,]+g[\s,]+b", text.lower()):
@@ -95,10 +96,12 @@ def read_palette(path: Path) -> Palette:
                 f"{path} has no name and color in line {number}: write `name r g b`, such as `sky 0 0 255`."
             )
         lines.append(found)
-    if len(lines) > 1 and _have_further_number(lines):
+        if not _HEX.match(text):
+            plain.append(found)
+    if len(plain) > 1 and _have_further_number(plain):
         raise DatasetError(
-            f"{path} has a further number on each line, such as an id or alpha, beside name and color: write `name r g "
-            "b`, such as `sky 0 0 255`."
+            f"{path} has a further number on each line, an id or alpha, beside name and color: write `name r g b`, "
+            "such as `sky 0 0 255`, or `name #rrggbb` if the number is a part of the name."
         )
     labels: list[str] = []
     classes: dict[Color, int] = {}
@@ -118,12 +121,15 @@ def read_palette(path: Path) -> Palette:
 
 
 def _have_further_number(lines: Sequence[tuple[str, Color]]) -> bool:
-    """Whether all names contain a number of another column: in front of them an id, or behind them red, because the
-    last number, 0 or 255, is alpha. Names may have numbers of their own, such as `zone 1` and `zone 2`."""
-    if all(_NUMBER_FIRST.match(name) for name, _ in lines):
+    """Whether all names contain a number of another column: in front of them ids in order or alpha, or behind them red,
+    because the last number, 255, is alpha. Names may have numbers of their own, such as `zone 1` and `3 wheeler`."""
+    ids, count = [int(match[1]) for name, _ in lines if (match := _NUMBER_FIRST.match(name))], len(lines)
+    if ids in (list(range(count)), list(range(1, count + 1)), [WHITE] * count):
         return True
-    names = {match[1] for name, _ in lines if (match := _NUMBER_LAST.match(name))}
-    return len(names) == len(lines) and {color[2] for _, color in lines} <= {0, 255}
+    alphas = {match[1]: color[2] for name, color in lines if (match := _NUMBER_LAST.match(name))}
+    return len(alphas) == len(lines) and all(
+        alpha == WHITE or (alpha == 0 and name.lower() in NO_CLASS) for name, alpha in alphas.items()
+    )
 
 
 def _parse(text: str) -> tuple[str, Color] | None:

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ...errors import DatasetError, MissingPartError
 from ...masks import ROBOFLOW_CLASSES as CLASSES_FILE
+from ...masks import ROBOFLOW_END as END
 from ..dataset import ROW_FEATURES, Description, Problems, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import AnnotationFrame, Source, file_source, list_images, read_map, read_small_text, source_name
 from ..item import WHITE, index_values
@@ -33,8 +34,6 @@ from .palette import NO_CLASS
 logger = logging.get_logger(__name__)
 
 HEADER = "pixel value"
-# What the names of masks have in addition to those of their images.
-END = "_mask"
 
 
 def find_parts(root: Path) -> dict[str, Path]:
