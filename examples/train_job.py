@@ -42,6 +42,20 @@ from huggingface_hub import HfApi
 from hf_faim2f.cli import main as faim2f
 
 
+def refusal(repository: str) -> str | None:
+    """Why the token cannot write to a repository, as far as the Hub says; None if it may."""
+    try:
+        user = HfApi().whoami()
+    except Exception as error:
+        return f"No access to the Hub ({error})"
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        return f"The token of {user['name']} may only read"
+    owner, _, name = repository.rpartition("/")
+    if not owner or not name or owner not in (user["name"], *(one["name"] for one in user.get("orgs", ()))):
+        return f"{repository} is not OWNER/NAME with {user['name']}, or an organization of it, as OWNER"
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains and pushes; returns the exit status of the first command that fails, else 0."""
     parser = argparse.ArgumentParser(description="All other options are passed on to `faim2f train`.")
@@ -52,15 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="run", help="folder of the run (default: %(default)s)")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     options, more = parser.parse_known_args(arguments)
-    try:
-        # Before hours of training. It also needs the right to write there.
-        HfApi().create_repo(options.repository, private=options.private, exist_ok=True)
-    except Exception as error:
-        print(
-            f"No access to {options.repository} on the Hub ({error}): log in with `hf auth login`, or set HF_TOKEN, "
-            "with a token that may write there.",
-            file=sys.stderr,
-        )
+    if reason := refusal(options.repository):  # not only after hours of training
+        print(f"{reason}: log in with `hf auth login`, or set HF_TOKEN, with a token that may write.", file=sys.stderr)
         return 2
     trained = faim2f(
         ["train", "--model", options.model, "--new-labels", "--data", options.dataset, "--format", "hub",

@@ -40,10 +40,9 @@ def maps_among(folder: Path, images: Iterable[Path]) -> str | None:
 
     Its name says so, or a file beside it. Label maps can be read like images, but are nearly black.
     """
-    folder = folder.resolve()
-    for place in sorted({path.resolve().parent for path in images if path.suffix.lower() == ".png"}):
-        inside = place.relative_to(folder).parts if place.is_relative_to(folder) else ()
-        if any(map(_is_of_maps, (folder, *(folder.joinpath(*inside[:count]) for count in range(1, len(inside) + 1))))):
+    for place in sorted({path.parent for path in images if path.suffix.lower() == ".png"}):
+        inside = place.relative_to(folder).parts  # before links are resolved, which may have any target
+        if any(_is_of_maps(folder.resolve().joinpath(*inside[:count])) for count in range(len(inside) + 1)):
             return f"{place} has maps of labels: name a folder that has only images."
         if (place / ROBOFLOW_CLASSES).is_file() and any(place.glob(f"*{ROBOFLOW_END}.png")):
             return f"{place} has maps of labels ({ROBOFLOW_CLASSES}): name a folder that has only images."

@@ -316,7 +316,9 @@ def _metric(
             )
     if metric is None:
         return None
-    precision = None if source == model else _precision(Path(model), runtime)
+    # A card beside weights is of these, and else of the export.
+    is_own = source == model and (runtime == "torch" or not any(Path(model).glob("*.safetensors")))
+    precision = None if is_own else _precision(Path(model), runtime)
     if precision == "int8":
         notes.append(f"The metric of {source} is left out for {model}, which is quantized and so has another.")
         return None

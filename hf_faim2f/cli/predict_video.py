@@ -13,6 +13,8 @@ Each file appears when it is complete. Ctrl+C and SIGTERM end the video after th
 
 import argparse
 import json
+import os
+import re
 import signal
 import threading
 import time
@@ -28,16 +30,21 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import PredictorError, SettingsError, VideoError
-from ..files import FoundFile, find_files, printable, write_whole
+from ..files import FoundFile, above_pattern, find_files, place_of, printable, write_whole
 from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from ..runtime.prediction import Prediction
 from ..runtime.prediction_files import (
+    ANNOTATIONS,
     DOCUMENT,
     FILM,
+    FINISHED,
+    LABELS,
     LINES,
+    OVERLAY,
+    SEGMENTS,
     THREADS,
-    EarlierOutputs,
     check_inside,
+    is_prediction,
     remove_others,
     write_inside,
 )
@@ -94,6 +101,57 @@ def live_file(word: str) -> FoundFile:
     return FoundFile(Path(name.strip(".") or parts.hostname or "stream"), 1)
 
 
+class EarlierOutputs:
+    """Recognizes outputs of earlier predictions among images and videos, so that they are not predicted; collects them.
+
+    They are recognized by their names and by the prediction's JSON beside them; in the output folder, where an
+    interruption may have left no JSON, by their names alone, and copies in its folder `annotations` by the files there.
+
+    Args:
+        out: the output folder.
+        words: the arguments of the command line. Copies are predicted if their folder is named.
+    """
+
+    def __init__(self, out: Path, words: Sequence[str] = ()) -> None:
+        self.inside = os.path.realpath(out) + os.sep
+        self.named = [Path(os.path.realpath(above_pattern(word))) for word in words]
+        self.found: dict[str, Path] = {}
+
+    def __call__(self, path: Path) -> bool:
+        """Whether a file is such an output.
+
+        Raises:
+            OSError: the JSON beside it cannot be read.
+        """
+        place = place_of(path)
+        suffix = next((suffix for suffix in (LABELS, SEGMENTS, OVERLAY, FILM) if path.name.endswith(suffix)), None)
+        is_output = suffix is not None and (
+            place.startswith(self.inside) or is_prediction(path.with_name(path.name.removesuffix(suffix) + DOCUMENT))
+        )
+        if is_output or any(self._is_copy(Path(place), above) for above in Path(place).parents):
+            self.found[place] = path
+        return place in self.found
+
+    def _is_copy(self, path: Path, above: Path) -> bool:
+        """Whether an image in the folder `above` is the copy of one that was predicted with annotations."""
+        if above.name != ANNOTATIONS or any(named.is_relative_to(above) for named in self.named):
+            return False
+        if os.path.join(above.parent, "") == self.inside and any((above / name).exists() for name in FINISHED):
+            return True
+        folders = path.relative_to(above).parts[:-1]
+        below = folders[1:] if folders[:1] == ("images",) else folders
+        # Each format has folders of its own, and YOLO's renames folders called `images`.
+        renamed = tuple(re.sub("(?i)^(images_*)_$", r"\1", one) for one in below)
+        documents = (above.parent.joinpath(*place, path.stem + DOCUMENT) for place in {folders, below, renamed})
+        return any(map(is_prediction, documents))
+
+    def __str__(self) -> str:
+        count, first = len(self.found), next(map(printable, self.found.values()), "")
+        if count == 1:
+            return f"1 output of an earlier prediction is skipped: {first}."
+        return f"{count} outputs of earlier predictions are skipped, such as {first}."
+
+
 def find_sources(words: Sequence[str], out: Path, takes_films: bool = True) -> list[FoundFile]:
     """Finds the images and videos that the command line names; says which videos and earlier outputs it skips.
 
@@ -105,7 +163,7 @@ def find_sources(words: Sequence[str], out: Path, takes_films: bool = True) -> l
     Raises:
         SettingsError: an argument matches nothing, or only what is skipped.
     """
-    outputs = EarlierOutputs(out)
+    outputs = EarlierOutputs(out, words)
     try:
         found = find_files(words, IMAGE_SUFFIXES, "image", ARRAY_SUFFIXES, outputs)
     except SettingsError as error:
@@ -127,7 +185,7 @@ def find_sources(words: Sequence[str], out: Path, takes_films: bool = True) -> l
 def _films_passed_over(words: Sequence[str], found: Sequence[FoundFile], out: Path) -> list[Path]:
     """The videos that folders and patterns match; they are skipped, because videos must be named individually."""
     named = {one.path for one in found}
-    outputs = EarlierOutputs(out)
+    outputs = EarlierOutputs(out, words)
     films: dict[Path, None] = {}
     for word in words:
         try:
@@ -375,5 +433,5 @@ def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path], p
 
 
 __all__ = [
-    "FilmRun", "check_settings", "check_subtask", "find_sources", "live_file", "predict_films",
+    "EarlierOutputs", "FilmRun", "check_settings", "check_subtask", "find_sources", "live_file", "predict_films",
 ]  # fmt: skip

@@ -34,7 +34,8 @@ def _sklearn_datasets() -> Any:
         return import_module("sklearn.datasets")
     except ImportError as error:
         raise ImportError(
-            f"Scenes of digits need scikit-learn, which cannot be imported ({error}): pip install scikit-learn."
+            f"Scenes of digits need scikit-learn, which cannot be imported ({error}): pip install scikit-learn.",
+            name=error.name,
         ) from error
 
 

@@ -24,6 +24,8 @@ from .parts import Piece, escape_path
 from .plan import FOLDER
 
 SUFFIX = ".parquet"
+# Folders whose Parquet files are no data: of a bulk run, of Delta tables, and of Spark jobs that go on.
+NOT_ROWS = frozenset({FOLDER, "_delta_log", "_temporary"})
 # Files that identify the output of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -108,16 +110,16 @@ def find_rows(
         else:
             pieces = _hub_pieces(word, column, split)
         own = list(pieces)
-        columns = {piece.column: piece.key for piece, _ in own}
+        columns = {piece.column: piece.key for piece, _ in own if piece.count}
         if len(columns) > 1:
             (first, one), (second, other), *_ = columns.items()
+            remedy = "name the files that have them" if own[0][0].repo is None else "download it, and name its files"
             raise BulkError(
-                f"{one} seems to have its images in the column {first!r}, and {other} in {second!r}: name the column "
-                "with --column, or name the files."
+                f"{one} seems to have its images in the column {first!r}, and {other} in {second!r}: {remedy}, or the "
+                "column with --column."
             )
         for piece, stamp in own:
-            place = place_of(Path(piece.path)) if piece.repo is None else piece.path
-            found.setdefault((place, piece.repo), (piece, stamp))
+            found.setdefault((_identity(piece), piece.repo), (piece, stamp))
         if not own:
             of_split = f" of the split {split!r}" if split else ""
             raise BulkError(f"There is no Parquet file in {escape_path(word)}{of_split}.")
@@ -152,10 +154,16 @@ def _is_saved(path: Path) -> bool:
 
 
 def _parquet_below(path: Path) -> Iterator[Path]:
-    """The Parquet files below a folder, except hidden ones and those in a bulk run's own folder."""
+    """The Parquet files below a folder, except hidden ones and those in `NOT_ROWS`."""
     for file in files_below(path):
-        if file.name.endswith(SUFFIX) and FOLDER not in file.relative_to(path).parent.parts:
+        if file.name.endswith(SUFFIX) and NOT_ROWS.isdisjoint(file.relative_to(path).parent.parts):
             yield file
+
+
+def _identity(piece: Piece) -> str:
+    """The same text for all paths of a local file or of a saved dataset; the path of a file on the Hub."""
+    path = Path(piece.path)
+    return piece.path if piece.repo is not None else os.path.realpath(path) if path.is_dir() else place_of(path)
 
 
 def _outside(files: Iterable[Path], out: Path | None) -> Iterator[Path]:

@@ -293,7 +293,7 @@ def supervision() -> Any:
             library = import_module("supervision")
     except ImportError as error:
         raise ImportError(
-            f"Drawing needs supervision, which cannot be imported ({error}): install hf-faim2f[draw]."
+            f"This needs supervision, which cannot be imported ({error}): install hf-faim2f[draw]."
         ) from error
     return library
 

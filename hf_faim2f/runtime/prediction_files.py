@@ -31,7 +31,7 @@ from PIL import Image
 
 from ..data.annotations import AnnotationFolder, Mark, image_suffix
 from ..errors import SettingsError
-from ..files import FoundFile, place_of, printable, write_whole
+from ..files import FoundFile, printable, write_whole
 from ..version import __version__
 from .prediction import Prediction
 from .predictor import background_threads
@@ -182,51 +182,6 @@ class PredictionWriter:
                 self.annotations.finish()
 
 
-class EarlierOutputs:
-    """Recognizes outputs of earlier predictions among images and videos, so that they are not predicted; collects them.
-
-    They are recognized by their names and by the prediction's JSON beside them; in the output folder, where an
-    interruption may have left no JSON, by their names alone, and copies in its folder `annotations` by the files there.
-
-    Args:
-        out: the output folder.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self.inside = os.path.realpath(out) + os.sep
-        self.found: dict[str, Path] = {}
-
-    def __call__(self, path: Path) -> bool:
-        """Whether a file is such an output.
-
-        Raises:
-            OSError: the JSON beside it cannot be read.
-        """
-        place = place_of(path)
-        suffix = next((suffix for suffix in (LABELS, SEGMENTS, OVERLAY, FILM) if path.name.endswith(suffix)), None)
-        is_output = suffix is not None and (
-            place.startswith(self.inside) or _is_prediction(path.with_name(path.name.removesuffix(suffix) + DOCUMENT))
-        )
-        if is_output or any(self._is_copy(Path(place), above) for above in Path(place).parents):
-            self.found[place] = path
-        return place in self.found
-
-    def _is_copy(self, path: Path, above: Path) -> bool:
-        """Whether an image in the folder `above` is the copy of one that was predicted with annotations."""
-        if above.name != ANNOTATIONS:
-            return False
-        if os.path.join(above.parent, "") == self.inside and any((above / name).exists() for name in FINISHED):
-            return True
-        place = path.relative_to(above).parts
-        return _is_prediction(above.parent.joinpath(*place[place[0] == "images" : -1], path.stem + DOCUMENT))
-
-    def __str__(self) -> str:
-        count, first = len(self.found), next(map(printable, self.found.values()), "")
-        if count == 1:
-            return f"1 output of an earlier prediction is skipped: {first}."
-        return f"{count} outputs of earlier predictions are skipped, such as {first}."
-
-
 def output_names(found: Sequence[FoundFile]) -> list[Path]:
     """Names the files of each image: a relative path without suffix, from the end of the image's path.
 
@@ -353,7 +308,7 @@ def remove_others(stem: Path, written: Iterable[str]) -> None:
     Raises:
         OSError: a file cannot be removed.
     """
-    if not _is_prediction(stem.with_name(stem.name + DOCUMENT)):
+    if not is_prediction(stem.with_name(stem.name + DOCUMENT)):
         return
     kept = set(written) - {DOCUMENT}
     for suffix in SUFFIXES:  # the JSON first
@@ -374,7 +329,7 @@ def check_replaced(folder: Path, names: Iterable[Path]) -> None:
     """
     for name in names:
         path = folder / name.with_name(name.name + DOCUMENT)
-        if os.path.lexists(path) and not _is_prediction(path):
+        if os.path.lexists(path) and not is_prediction(path):
             raise SettingsError(
                 f"{path} is not a prediction, and would be replaced by one: remove it, or choose another folder for "
                 "--out."
@@ -392,10 +347,10 @@ def other_predictions(folder: Path, names: Iterable[Path]) -> list[Path]:
     """
     own = {_file_system_key(folder / name.with_name(name.name + DOCUMENT)) for name in names}
     found = sorted(folder.rglob(f"*{DOCUMENT}"))
-    return [path for path in found if _file_system_key(path) not in own and _is_prediction(path)]
+    return [path for path in found if _file_system_key(path) not in own and is_prediction(path)]
 
 
-def _is_prediction(path: Path) -> bool:
+def is_prediction(path: Path) -> bool:
     """Whether a file is a prediction's JSON, by its first facts: the segments after them may be large."""
     if not path.is_file():
         return False
@@ -432,11 +387,12 @@ def check_inside(folder: Path, path: Path) -> None:
 
 __all__ = [
     "ANNOTATIONS",
+    "FINISHED",
     "LEFT_OUT",
-    "EarlierOutputs",
     "PredictionWriter",
     "check_inside",
     "check_replaced",
+    "is_prediction",
     "label_map_png",
     "other_predictions",
     "output_names",

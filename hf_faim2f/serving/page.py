@@ -151,9 +151,7 @@ def example_pictures(folder: Path | None, id2label: Mapping[int, str], limits: L
         scenes = DigitScenes("test", SCENES)
         pixels = [scenes[index]["image"].permute(1, 2, 0).numpy() for index in range(SCENES)]
     except ImportError as error:  # scikit-learn, which contains the digits
-        raise WebError(
-            f"The examples of digits need {error.name}, which cannot be imported ({error}): install hf-faim2f[app]."
-        ) from error
+        raise WebError(str(error)) from error
     paths = []
     for number, values in enumerate(pixels, 1):
         path = into / f"scene-{number}.png"

@@ -21,6 +21,7 @@ from pycocotools import mask as coco_mask
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.cli import predict as command
+from hf_faim2f.cli.predict_video import EarlierOutputs
 from hf_faim2f.errors import sentence
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.files import FoundFile, find_files
@@ -518,6 +519,34 @@ def test_images_are_found_once(photos: Path, tmp_path: Path, monkeypatch: pytest
     assert found(odd) == [odd]
     monkeypatch.chdir(photos)
     assert found("b", "../photos/b/x.png") == [Path("b/x.png"), Path("b/y.jpg")]
+
+
+@pytest.mark.parametrize(
+    ("copy", "document"),
+    [
+        ("annotations/images/a/x.png", "a/x.json"),  # COCO and YOLO
+        ("annotations/images/x.jpg", "images/x.json"),  # labelme
+        ("annotations/images/a/images_/x.jpg", "a/images/x.json"),  # YOLO
+    ],
+)
+def test_copies_of_predicted_images_are_outputs(copy: str, document: str, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for path in (run / copy, run / document):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    assert not EarlierOutputs(other, [str(tmp_path)])(run / copy)
+    (run / document).write_text('{\n "image": {\n  "file": "x"\n },\n "subtask": "semantic"\n}')
+    assert EarlierOutputs(other, [str(tmp_path)])(run / copy)
+    for named in (run / "annotations", run / copy, run / "annotations" / "*" / "*.jpg"):
+        assert not EarlierOutputs(other, [str(named)])(run / copy)
+
+
+def test_overlays_need_no_further_library(
+    model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    assert predict(model_folder, photos / "a" / "x.png", "--out", tmp_path / "out", "--subtask", "instance") == 0
+    assert (tmp_path / "out" / "x.overlay.jpg").is_file()
 
 
 @pytest.mark.parametrize("more", [[], ["--annotations", "coco"]])

@@ -331,6 +331,9 @@ def test_forms_of_palettes(tmp_path: Path, text: str) -> None:
         ("void 0 0 0 0\nroad 128 64 128 255\nsky 70 130 180 255\n", "a further number on each line"),
         ("0,road,128,64,128\n1,low wall,70,130,180\n", "a further number on each line"),
         ("128 64 128 255 road\n70 130 180 255 sky\n", "a further number on each line"),
+        ("0 road 128 64 128\n1 sky 70 130 180\n255 void 0 0 0\n", "a further number on each line"),
+        ("0 0 0 0 background\n1 128 64 128 road\n", "a further number on each line"),
+        ("background 0 0 0 0\nroad 128 64 128 255\n", "a further number on each line"),
     ],
 )
 def test_unusable_palettes(tmp_path: Path, text: str, words: str) -> None:

@@ -488,7 +488,8 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
     assert found(tmp_path / "two.parquet", column="other") == [("two.parquet", 1)]
     data.set_format("torch", columns=[])
     data.save_to_disk(tmp_path / "formatted")
-    assert found(tmp_path / "formatted") == [("formatted", 5)]
+    (tmp_path / "link-to-saved").symlink_to(tmp_path / "formatted")
+    assert found(tmp_path / "formatted", tmp_path / "link-to-saved") == [("formatted", 5)]
     # Files may have any name, and are read once.
     write_rows(tmp_path / "any" / "_shards" / "_0.parquet", [{"bytes": images[0], "path": None}])
     (tmp_path / "link").symlink_to(tmp_path / "any")
@@ -496,8 +497,14 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
     (tmp_path / "any" / "_run" / "part.parquet").write_text("of a bulk run")
     words = [tmp_path / "any", tmp_path / "link", tmp_path / "any" / ".." / "any"]
     assert found(*words) == [("any/_shards/_0.parquet", 1)]
+    pq.write_table(pa.table({"mask": images[:0]}), tmp_path / "any" / "none.parquet")
+    (tmp_path / "any" / "_delta_log").mkdir()
+    pq.write_table(pa.table({"mask": images[:1]}), tmp_path / "any" / "_delta_log" / "0.checkpoint.parquet")
+    assert found(tmp_path / "any") == [("any/_shards/_0.parquet", 1)]
     pq.write_table(pa.table({"mask": images[:1]}), tmp_path / "any" / "masks.parquet")
-    with pytest.raises(BulkError, match="0.parquet seems to have its images in the column 'image', and .* in 'mask'"):
+    with pytest.raises(
+        BulkError, match="0.parquet seems to have its images in the column 'image', and .* in 'mask': n"
+    ):
         found(tmp_path / "any")
 
 

@@ -68,21 +68,31 @@ def test_what_it_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
     monkeypatch.setattr(job, "faim2f", faim2f)
     words = ["me/data", "me/model", "--license", "mit", "--labels", "a,b", "--steps", "3", "--private"]
-    made: list[Any] = []
-    monkeypatch.setattr(job.HfApi, "create_repo", lambda self, *names, **how: made.append((names, how)))
+    user: dict[str, Any] = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
+    monkeypatch.setattr(job.HfApi, "whoami", lambda self: user)
     assert job.main(words) == 0
     train, push = called
     assert train[:3] == ["train", "--model", "fai-m2f-s-ade"] and train[-4:] == ["--labels", "a,b", "--steps", "3"]
     assert train[train.index("--precision") + 1] == train[train.index("--batch-size") + 1] == "auto"
-    assert made == [(("me/model",), {"private": True, "exist_ok": True})]
     assert {"me/data", "mit"} <= set(train) and push == ["push", "run/final", "me/model", "--private"]
     called.clear()
     status[0] = 2
     assert job.main(words) == 2 and len(called) == 1  # nothing was pushed
     monkeypatch.undo()
-    monkeypatch.setattr(job.HfApi, "create_repo", refuse)
+    called.clear()
+    monkeypatch.setattr(job, "faim2f", faim2f)
+    for repository, auth, told in (
+        ("me/model", {"accessToken": {"role": "read"}}, "The token of me may only read: log in"),
+        ("they/model", {}, "they/model is not OWNER/NAME with me, or an organization of it, as OWNER: log in"),
+        ("model", {}, "model is not OWNER/NAME with me"),
+    ):
+        monkeypatch.setattr(job.HfApi, "whoami", lambda self, auth=auth: {**user, "auth": auth})
+        assert job.main(["me/data", repository, *words[2:]]) == 2 and not called
+        assert capsys.readouterr().err.startswith(told)
+    assert job.refusal("us/model") is None
+    monkeypatch.setattr(job.HfApi, "whoami", refuse)
     assert job.main(words) == 2
-    assert capsys.readouterr().err.startswith("No access to me/model on the Hub (no token): log in with `hf auth")
+    assert capsys.readouterr().err.startswith("No access to the Hub (no token): log in with `hf auth login`")
 
 
 def refuse(self: Any, *_: Any, **__: Any) -> None:

@@ -330,6 +330,11 @@ def test_maps_of_labels_are_no_images(tmp_path: Path) -> None:
             continue
         with pytest.raises(ExportError, match=f"{root / name} has maps of labels.*: name a folder"):
             choose_images(root, FaiM2FImageProcessor(), given, 9, 1)
+    (tmp_path / "linked" / "images").mkdir(parents=True)
+    photographs()[0].save(tmp_path / "linked" / "images" / "a.png")
+    (tmp_path / "linked" / "masks").symlink_to(tmp_path / "5" / "images")
+    with pytest.raises(ExportError, match="linked/masks has maps of labels"):
+        choose_images(tmp_path / "linked", FaiM2FImageProcessor(), given, 9, 1)
 
 
 def test_a_graph_that_onnxruntime_cannot_open_is_a_sentence(graphs: Graphs, images: Path, tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ VOC_BORDER = (224, 224, 192)
 NO_CLASS = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled", "_void_")
 _FIRST = re.compile(r"^(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\S.*)$")
 _LAST = re.compile(r"^(\S.*?)[\s,:;=]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})(?:\s*:.*)?$")
-_NUMBER_FIRST = re.compile(r"^(\d{1,3})[\s,:;]+\S")
-_NUMBER_LAST = re.compile(r"^(\S.*?)[\s,:;=]+\d{1,3}$")
+_NUMBER_FIRST = re.compile(r"^(\d{1,3})[\s,:;]+(\S.*)$")
+_NUMBER_LAST = re.compile(r"^(\S.*?)[\s,:;=]+(\d{1,3})$")
 _HEX = re.compile(r"^(\S.*?)[\s,:;=]+#([0-9a-fA-F]{6})$")
 
 
@@ -86,6 +86,7 @@ def read_palette(path: Path) -> Palette:
     """
     lines: list[tuple[str, Color]] = []
     plain: list[tuple[str, Color]] = []
+    starts_with_color: list[bool] = []
     for number, line in enumerate(read_small_text(path).split("\n"), 1):
         text = line.strip()
         if not text or text.startswith(("#", "//")) or re.fullmatch(r"name[\s,]+r[\s,]+g[\s,]+b", text.lower()):
@@ -98,7 +99,8 @@ def read_palette(path: Path) -> Palette:
         lines.append(found)
         if not _HEX.match(text):
             plain.append(found)
-    if len(plain) > 1 and _have_further_number(plain):
+            starts_with_color.append(not _LAST.match(text))
+    if len(plain) > 1 and _have_further_number(plain, all(starts_with_color)):
         raise DatasetError(
             f"{path} has a further number on each line, an id or alpha, beside name and color: write `name r g b`, "
             "such as `sky 0 0 255`, or `name #rrggbb` if the number is a part of the name."
@@ -120,15 +122,20 @@ def read_palette(path: Path) -> Palette:
     return Palette(tuple(labels), classes, str(path))
 
 
-def _have_further_number(lines: Sequence[tuple[str, Color]]) -> bool:
-    """Whether all names contain a number of another column: in front of them ids in order or alpha, or behind them red,
-    because the last number, 255, is alpha. Names may have numbers of their own, such as `zone 1` and `3 wheeler`."""
-    ids, count = [int(match[1]) for name, _ in lines if (match := _NUMBER_FIRST.match(name))], len(lines)
-    if ids in (list(range(count)), list(range(1, count + 1)), [WHITE] * count):
-        return True
-    alphas = {match[1]: color[2] for name, color in lines if (match := _NUMBER_LAST.match(name))}
-    return len(alphas) == len(lines) and all(
-        alpha == WHITE or (alpha == 0 and name.lower() in NO_CLASS) for name, alpha in alphas.items()
+def _have_further_number(lines: Sequence[tuple[str, Color]], start_with_color: bool) -> bool:
+    """Whether all names contain a number of another column: in front of them an id or alpha, or blue if ids come first;
+    or behind them red, because the last number is alpha. Names may have numbers of their own, such as `zone 1` and
+    `3 wheeler`."""
+    first = [match for name, _ in lines if (match := _NUMBER_FIRST.match(name))]
+    if len(first) == len(lines):
+        ids = [int(match[1]) for match in first]
+        in_order = ids in (list(range(len(ids))), list(range(1, len(ids) + 1)))
+        if start_with_color or in_order or any(match[2].lower() in NO_CLASS for match in first):
+            return True
+    last = [(match, color) for name, color in lines if (match := _NUMBER_LAST.match(name))]
+    return len({match[1] for match, _ in last}) == len(lines) and all(
+        color[2] == WHITE or (color[2] == 0 and (match[1].lower() in NO_CLASS or (match[2], *color[:2]) == ("0", 0, 0)))
+        for match, color in last
     )
 
 
