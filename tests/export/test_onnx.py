@@ -385,6 +385,7 @@ def test_every_member_of_the_family(name: str, tmp_path: Path) -> None:
     model = reference_model(name)
     assert model.config.num_labels == load_config(name).num_labels
     model.save_pretrained(tmp_path / "model")
+    FaiM2FImageProcessor.from_model_config(model.config).save_pretrained(tmp_path / "model")
     export_onnx(tmp_path / "model", tmp_path / "out", size=SIZE, batch=1, verify=False)
     graph = FaiM2FGraph(model, FaiM2FImageProcessor.from_pretrained(tmp_path / "out"), batch=1, size=SIZE)
     pixel_values = graph.sample()["pixel_values"]

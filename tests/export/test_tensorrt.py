@@ -210,6 +210,7 @@ def test_the_family(name: str, tmp_path: Path) -> None:
     """Small, medium and large members, for every GPU in every precision."""
     model = FaiM2FForUniversalSegmentation(load_config(name)).eval()
     model.save_pretrained(tmp_path / "model")
+    FaiM2FImageProcessor.from_model_config(model.config).save_pretrained(tmp_path / "model")
     settings: dict[str, Any] = {"outputs": "semantic", "input_name": "image", "size": MEMBER_SIZE, "batch": 1}
     for precision in ("fp32", "fp16", "int8"):
         source, out = tmp_path / precision, tmp_path / "out"
@@ -254,7 +255,9 @@ def test_products_in_half_say_the_same(name: str, graphs: dict[str, Path], tmp_p
     """The graph of Turing's engines gives the label maps of float32."""
     path = graphs["fp32"]
     if name != "tiny":
-        reference_model(name).save_pretrained(tmp_path / "model")
+        model = reference_model(name)
+        model.save_pretrained(tmp_path / "model")
+        FaiM2FImageProcessor.from_model_config(model.config).save_pretrained(tmp_path / "model")
         path = tmp_path / "graph"
         settings: dict[str, Any] = {"outputs": "semantic", "input_name": "image", "size": SIZE, "batch": 1}
         export_onnx(tmp_path / "model", path, verify=False, **settings)
