@@ -43,16 +43,18 @@ from hf_faim2f.cli import main as faim2f
 
 
 def refusal(repository: str) -> str | None:
-    """Why the token cannot write to a repository, as far as the Hub says; None if it may."""
+    """Why the token certainly cannot write to a repository; None if it may, unless it is limited to other ones."""
+    remedy = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
     try:
         user = HfApi().whoami()
     except Exception as error:
-        return f"No access to the Hub ({error})"
+        return f"No access to the Hub ({error}): {remedy}"
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        return f"The token of {user['name']} may only read"
+        return f"The token of {user['name']} may only read: {remedy}"
     owner, _, name = repository.rpartition("/")
-    if not owner or not name or owner not in (user["name"], *(one["name"] for one in user.get("orgs", ()))):
-        return f"{repository} is not OWNER/NAME with {user['name']}, or an organization of it, as OWNER"
+    owners = [user["name"], *(one["name"] for one in user.get("orgs", ()) if one.get("roleInOrg") != "read")]
+    if not name or owner not in owners:
+        return f"{repository} is not OWNER/NAME, with an OWNER where {user['name']} may write: {', '.join(owners)}."
     return None
 
 
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     options, more = parser.parse_known_args(arguments)
     if reason := refusal(options.repository):  # not only after hours of training
-        print(f"{reason}: log in with `hf auth login`, or set HF_TOKEN, with a token that may write.", file=sys.stderr)
+        print(reason, file=sys.stderr)
         return 2
     trained = faim2f(
         ["train", "--model", options.model, "--new-labels", "--data", options.dataset, "--format", "hub",

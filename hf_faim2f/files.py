@@ -234,7 +234,7 @@ def find_files(
         suffixes: file suffixes in lowercase.
         kind: what the files are called in messages, such as "image".
         otherwise: suffixes to search for in folders that have no files with `suffixes`.
-        is_output: recognizes outputs of earlier runs, which are skipped, even if they are named.
+        is_output: recognizes outputs of earlier runs, which are skipped.
 
     Raises:
         SettingsError: an argument matches no file.

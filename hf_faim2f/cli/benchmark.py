@@ -320,7 +320,8 @@ def _metric(
     is_own = source == model and (runtime == "torch" or not any(Path(model).glob("*.safetensors")))
     precision = None if is_own else _precision(Path(model), runtime)
     if precision == "int8":
-        notes.append(f"The metric of {source} is left out for {model}, which is quantized and so has another.")
+        what = f"the export of {model}" if source == model else model
+        notes.append(f"The metric of {source} is left out for {what}, which is quantized and so has another.")
         return None
     valid, used = (_resizing(one) for one in (open_settings(source)[1], contender.predictor.network.processor))
     if used != valid:
@@ -328,7 +329,8 @@ def _metric(
         notes.append(f"{what} is left out: it is valid for images {valid}, and here they are {used}.")
         return None
     if precision not in (None, "fp32"):
-        notes.append(f"The metric of {source} is that of float32, and {model} computes in {precision}.")
+        what = f"its export for {runtime}" if source == model else model
+        notes.append(f"The metric of {source} is that of float32, and {what} computes in {precision}.")
     return metric
 
 

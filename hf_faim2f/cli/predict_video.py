@@ -109,12 +109,16 @@ class EarlierOutputs:
 
     Args:
         out: the output folder.
-        words: the arguments of the command line. Copies are predicted if their folder is named.
+        words: the arguments of the command line. Copies that they name, themselves or by their folder, are predicted.
     """
 
     def __init__(self, out: Path, words: Sequence[str] = ()) -> None:
         self.inside = os.path.realpath(out) + os.sep
-        self.named = [Path(os.path.realpath(above_pattern(word))) for word in words]
+        exist = [Path(word) for word in words if os.path.lexists(word)]
+        self.named = [Path(os.path.realpath(path) if path.is_dir() else place_of(path)) for path in exist]
+        patterns = [word for word in words if not os.path.lexists(word)]
+        self.named += [Path(os.path.realpath(above_pattern(word))) for word in patterns]
+        self.any_is_named = any(ANNOTATIONS in Path(word).parts for word in patterns)
         self.found: dict[str, Path] = {}
 
     def __call__(self, path: Path) -> bool:
@@ -134,7 +138,9 @@ class EarlierOutputs:
 
     def _is_copy(self, path: Path, above: Path) -> bool:
         """Whether an image in the folder `above` is the copy of one that was predicted with annotations."""
-        if above.name != ANNOTATIONS or any(named.is_relative_to(above) for named in self.named):
+        if above.name != ANNOTATIONS or self.any_is_named:
+            return False
+        if any(named.is_relative_to(above) and path.is_relative_to(named) for named in self.named):
             return False
         if os.path.join(above.parent, "") == self.inside and any((above / name).exists() for name in FINISHED):
             return True

@@ -113,10 +113,9 @@ def find_rows(
         columns = {piece.column: piece.key for piece, _ in own if piece.count}
         if len(columns) > 1:
             (first, one), (second, other), *_ = columns.items()
-            remedy = "name the files that have them" if own[0][0].repo is None else "download it, and name its files"
             raise BulkError(
-                f"{one} seems to have its images in the column {first!r}, and {other} in {second!r}: {remedy}, or the "
-                "column with --column."
+                f"{one} seems to have its images in the column {first!r}, and {other} in {second!r}: name only what "
+                "has images, or its --split, or pass --column if all of it has that column."
             )
         for piece, stamp in own:
             found.setdefault((_identity(piece), piece.repo), (piece, stamp))

@@ -537,8 +537,9 @@ def test_copies_of_predicted_images_are_outputs(copy: str, document: str, tmp_pa
     assert not EarlierOutputs(other, [str(tmp_path)])(run / copy)
     (run / document).write_text('{\n "image": {\n  "file": "x"\n },\n "subtask": "semantic"\n}')
     assert EarlierOutputs(other, [str(tmp_path)])(run / copy)
-    for named in (run / "annotations", run / copy, run / "annotations" / "*" / "*.jpg"):
+    for named in (run / "annotations", run / copy, run / "annotations" / "*" / "*.jpg", tmp_path / "*" / "annotations"):
         assert not EarlierOutputs(other, [str(named)])(run / copy)
+    assert EarlierOutputs(other, [str(run), str(run / document)])(run / copy)
 
 
 def test_overlays_need_no_further_library(

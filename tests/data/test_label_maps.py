@@ -334,6 +334,8 @@ def test_forms_of_palettes(tmp_path: Path, text: str) -> None:
         ("0 road 128 64 128\n1 sky 70 130 180\n255 void 0 0 0\n", "a further number on each line"),
         ("0 0 0 0 background\n1 128 64 128 road\n", "a further number on each line"),
         ("background 0 0 0 0\nroad 128 64 128 255\n", "a further number on each line"),
+        ("background,255,255,255,0\nroad,128,64,128,255\nsky,1,2,3,255\n", "a further number on each line"),
+        ("road 128 64 128 0\nsky 70 130 180 1\n", "a further number on each line"),
     ],
 )
 def test_unusable_palettes(tmp_path: Path, text: str, words: str) -> None:
@@ -349,8 +351,10 @@ def test_unusable_palettes(tmp_path: Path, text: str, words: str) -> None:
         "2 cents 1 1 1\nsky 9 0 0\n",
         "lane 1 9 9 255",
         "Highway 1 255 0 0\nRoute 66 0 255 0\n",
+        "Highway 1 0 0 255\nRoute 66 0 255 0\n",
         "3 wheeler 200 3 4\n4 wheeler 1 2 3\n",
         "lane 1 #0000ff\nsign 2 #00ffff\n",
+        "zone 1 255 0 0\nlane 2 0 255 0\n",
     ],
 )
 def test_names_may_have_numbers(tmp_path: Path, text: str) -> None:

@@ -503,7 +503,7 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
     assert found(tmp_path / "any") == [("any/_shards/_0.parquet", 1)]
     pq.write_table(pa.table({"mask": images[:1]}), tmp_path / "any" / "masks.parquet")
     with pytest.raises(
-        BulkError, match="0.parquet seems to have its images in the column 'image', and .* in 'mask': n"
+        BulkError, match="0.parquet seems to have its images in the column 'image', and .* in 'mask': name"
     ):
         found(tmp_path / "any")
 

@@ -68,7 +68,8 @@ def test_what_it_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
     monkeypatch.setattr(job, "faim2f", faim2f)
     words = ["me/data", "me/model", "--license", "mit", "--labels", "a,b", "--steps", "3", "--private"]
-    user: dict[str, Any] = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
+    orgs = [{"name": "us"}, {"name": "readers", "roleInOrg": "read"}]
+    user: dict[str, Any] = {"name": "me", "orgs": orgs, "auth": {"accessToken": {"role": "write"}}}
     monkeypatch.setattr(job.HfApi, "whoami", lambda self: user)
     assert job.main(words) == 0
     train, push = called
@@ -83,8 +84,9 @@ def test_what_it_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(job, "faim2f", faim2f)
     for repository, auth, told in (
         ("me/model", {"accessToken": {"role": "read"}}, "The token of me may only read: log in"),
-        ("they/model", {}, "they/model is not OWNER/NAME with me, or an organization of it, as OWNER: log in"),
-        ("model", {}, "model is not OWNER/NAME with me"),
+        ("they/model", {}, "they/model is not OWNER/NAME, with an OWNER where me may write: me, us."),
+        ("readers/model", {}, "readers/model is not OWNER/NAME"),
+        ("model", {}, "model is not OWNER/NAME"),
     ):
         monkeypatch.setattr(job.HfApi, "whoami", lambda self, auth=auth: {**user, "auth": auth})
         assert job.main(["me/data", repository, *words[2:]]) == 2 and not called

@@ -124,19 +124,23 @@ def read_palette(path: Path) -> Palette:
 
 def _have_further_number(lines: Sequence[tuple[str, Color]], start_with_color: bool) -> bool:
     """Whether all names contain a number of another column: in front of them an id or alpha, or blue if ids come first;
-    or behind them red, because the last number is alpha. Names may have numbers of their own, such as `zone 1` and
-    `3 wheeler`."""
+    or behind them red, because the last number is alpha or an id. Names may have numbers of their own: `3 wheeler`."""
     first = [match for name, _ in lines if (match := _NUMBER_FIRST.match(name))]
     if len(first) == len(lines):
         ids = [int(match[1]) for match in first]
         in_order = ids in (list(range(len(ids))), list(range(1, len(ids) + 1)))
         if start_with_color or in_order or any(match[2].lower() in NO_CLASS for match in first):
             return True
-    last = [(match, color) for name, color in lines if (match := _NUMBER_LAST.match(name))]
-    return len({match[1] for match, _ in last}) == len(lines) and all(
-        color[2] == WHITE or (color[2] == 0 and (match[1].lower() in NO_CLASS or (match[2], *color[:2]) == ("0", 0, 0)))
-        for match, color in last
-    )
+    last = [match for name, _ in lines if (match := _NUMBER_LAST.match(name))]
+    if start_with_color or len({match[1] for match in last}) < len(lines):
+        return False
+    further = [color[2] for _, color in lines]
+    if further in (list(range(len(lines))), list(range(1, len(lines) + 1))):
+        return True
+    # One class may be transparent, but among two lines only if it is none, or black.
+    clear = [(match, color) for match, (_, color) in zip(last, lines, strict=True) if color[2] == 0]
+    is_none = any(match[1].lower() in NO_CLASS or (match[2], *color) == ("0", 0, 0, 0) for match, color in clear)
+    return set(further) <= {0, WHITE} and len(clear) <= 1 and (not clear or is_none or len(lines) > 2)
 
 
 def _parse(text: str) -> tuple[str, Color] | None:
