@@ -46,7 +46,7 @@ from tests.support.reference_models import small_model
 from tests.support.shared import exported
 
 SIZE = (64, 96)
-GREED = 100_000_000  # bytes per image
+GREED = 300_000_000  # bytes per image, far above the differences between two runs
 FILES = {"results.json", "table.md", "plot.png"}
 
 

@@ -497,7 +497,7 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
     (tmp_path / "any" / "_run" / "part.parquet").write_text("of a bulk run")
     words = [tmp_path / "any", tmp_path / "link", tmp_path / "any" / ".." / "any"]
     assert found(*words) == [("any/_shards/_0.parquet", 1)]
-    pq.write_table(pa.table({"mask": images[:0]}), tmp_path / "any" / "none.parquet")
+    pq.write_table(pa.table({"mask": pa.array([], pa.binary())}), tmp_path / "any" / "none.parquet")
     (tmp_path / "any" / "_delta_log").mkdir()
     pq.write_table(pa.table({"mask": images[:1]}), tmp_path / "any" / "_delta_log" / "0.checkpoint.parquet")
     assert found(tmp_path / "any") == [("any/_shards/_0.parquet", 1)]

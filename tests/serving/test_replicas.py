@@ -143,10 +143,18 @@ def command(model: Path, tmp_path: Path) -> Iterator[Command]:
 
 @pytest.mark.large
 @pytest.mark.slow  # Ray takes seconds to start, here and in each replica
+def both(command: Command) -> list[psutil.Process]:
+    """The two replicas, once both have started."""
+    ends = time.monotonic() + PATIENCE
+    while len(found := command.replicas()) < 2:
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    return found
+
+
 def test_a_killed_replica_loses_no_request(command: Command, expected: list[bytes]) -> None:
     files = pictures()
-    first = command.replicas()
-    assert len(first) == 2
+    first = both(command)
     done: list[int] = []
 
     def segment(number: int) -> tuple[int, str, bytes]:
@@ -169,10 +177,7 @@ def test_a_killed_replica_loses_no_request(command: Command, expected: list[byte
     lines = [json.loads(line) for line in command.log.read_text().splitlines() if line.startswith("{")]
     assert sum(line["message"] == "request" for line in lines) == REQUESTS
     assert 1 <= sum(line["message"] == "A replica died with a request." for line in lines) <= CLIENTS
-    ends = time.monotonic() + PATIENCE
-    while len(command.replicas()) < 2:
-        assert time.monotonic() < ends
-        time.sleep(0.1)
+    both(command)
     assert ask(command.port, files[0])[2] == expected[0]
     assert ask(command.port, b"no picture")[0] == 400
     assert ask(command.port, None, path="/ready")[0] == 200
