@@ -43,7 +43,7 @@ from hf_faim2f.cli import main as faim2f
 
 
 def refusal(repository: str) -> str | None:
-    """Why the token certainly cannot write to a repository; None if it may, unless it is limited to other ones."""
+    """Why the token cannot write to a repository; None if the Hub names no reason (it tells only some of them)."""
     remedy = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
     try:
         user = HfApi().whoami()

@@ -1,4 +1,5 @@
-"""Masks of segments: overlaying masks, and converting COCO's three mask formats to compressed run lengths.
+"""Masks of segments: overlaying masks, and converting COCO's three mask formats to compressed run lengths; and the names
+of folders that hold masks.
 
 Encoding is implemented here instead of by `faster_coco_eval` or `pycocotools`: the core works without extras, and those
 libraries encode full-size masks instead of crops (30 masks of 2048x1024 pixels take 54 and 182 ms instead of 2).
@@ -38,7 +39,7 @@ ROBOFLOW_CLASSES, ROBOFLOW_END = "_classes.csv", "_mask"
 def maps_among(folder: Path, images: Iterable[Path]) -> str | None:
     """Which of the folders of these images, all in `folder`, has label maps, as a sentence; None if none has.
 
-    Its name says so, or a file beside it. Label maps can be read like images, but are nearly black.
+    Its name says so, or the files in it. Label maps can be read like images, but are nearly black.
     """
     for place in sorted({path.parent for path in images if path.suffix.lower() == ".png"}):
         inside = place.relative_to(folder).parts  # before links are resolved, which may have any target

@@ -81,10 +81,10 @@ class Contender:
             self._pixels.append((height * width, prepared.image.width * prepared.image.height))
 
     def largest(self, count: int) -> list[Any]:
-        """The images that need the most memory: that of most pixels at the network, then those of most of their own.
+        """The images that need the most memory: the largest at the network, then those with the most pixels themselves.
 
         Returns:
-            `count` images, but at least two, as far as there are so many.
+            `count` images, but at least two; fewer if there are not so many.
         """
         places = sorted(range(len(self.images)), key=lambda place: self._pixels[place][1], reverse=True)
         first = max(places, key=lambda place: self._pixels[place][0])

@@ -22,7 +22,7 @@ from ..errors import PredictorError
 from ..runtime.predictor import Predictor
 from .latency import Contender
 
-# Two of each of the two images of `Contender.largest`: the first run may allocate memory that later runs reuse.
+# Two runs on each of the first two images of `Contender.largest`: a first run may allocate what later ones reuse.
 RUNS = 4
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
@@ -69,8 +69,8 @@ def measure_memory(
 
     Args:
         open_predictor: a module-level function, or a `functools.partial` of one; it is pickled.
-        images, subtask: as in `Contender`; arrays or PIL images, of which as many as needed are used, so the largest
-            come first.
+        images, subtask: as in `Contender`; arrays or PIL images. Only the first are used: as many as the largest batch has,
+            but at least two. So pass the largest first.
         batch_sizes: measured in ascending order.
         modules: imported first, so that libraries do not count.
         gpu: the GPU whose memory is also measured, such as "cuda:0".

@@ -9,6 +9,8 @@ Files for a video `a/clip.mp4`:
   the settings, and whether the video is complete.
 
 Each file appears when it is complete. Ctrl+C and SIGTERM end the video after the current frame.
+
+`find_sources` finds the videos and images that the command line names.
 """
 
 import argparse

@@ -89,7 +89,7 @@ class TrainSettings(ModelDataSettings):
     )  # fmt: skip
     per_device_batch_size: int | str | None = setting(
         int, "images per forward pass on each device, or auto: as many as fit into memory; gradients are accumulated "
-        "(default: all that are this device's)", least=1, also=(AUTO,)
+        "(default: the whole share of the device)", least=1, also=(AUTO,)
     )  # fmt: skip
     backbone_steps: int | None = setting(
         int, "steps that train only a new backbone, before the whole model (default: the recipe's)", least=0

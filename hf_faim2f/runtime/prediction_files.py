@@ -41,7 +41,8 @@ DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", "
 FILM, LINES = ".overlay.mp4", ".frames.jsonl"
 SUFFIXES = (DOCUMENT, LABELS, SEGMENTS, OVERLAY, FILM, LINES)
 LEFT_OUT = "left_out.txt"
-ANNOTATIONS, FINISHED = "annotations", ("annotations", "data.yaml", "labels.txt")  # the last are what it then holds
+# The folder of annotations, and what it holds besides images once it is finished: one of these, by format.
+ANNOTATIONS, FINISHED = "annotations", ("annotations", "data.yaml", "labels.txt")
 # File systems limit names to 255 bytes, including the suffixes and the mark of a temporary file.
 LONGEST_NAME = 200
 # Longer side of an overlay in pixels, so that labels are readable and JPEG supports the size.
