@@ -69,8 +69,8 @@ def measure_memory(
 
     Args:
         open_predictor: a module-level function, or a `functools.partial` of one; it is pickled.
-        images, subtask: as in `Contender`; arrays or PIL images. Only the first are used: as many as the largest batch has,
-            but at least two. So pass the largest first.
+        images, subtask: as in `Contender`; arrays or PIL images. Only the first are used, as many as the largest batch
+            has but at least two, so pass the largest first.
         batch_sizes: measured in ascending order.
         modules: imported first, so that libraries do not count.
         gpu: the GPU whose memory is also measured, such as "cuda:0".
