@@ -74,7 +74,7 @@ def run(prepared: TrainRun, program: str) -> int:
     _together()
     if is_main_process():
         try:
-            begin_run(out, given(settings))
+            begin_run(out, given(settings), prepared.counts)
         except OSError as error:
             return mistake(program, error)
     _together()

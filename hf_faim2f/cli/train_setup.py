@@ -25,7 +25,9 @@ from ..training.progress import REPORTERS, check_reporters
 from ..training.recipe import BALANCED, RECIPES, Recipe, balanced_weights, find_recipe, read_class_weights, weight_words
 from ..training.run import PRECISIONS, check_precision, native_precision, process_count, shortened, split_batch
 from ..training.run_folder import (
+    BACKBONE,
     RUN_FILE,
+    changes_of_data,
     check_labels,
     checkpoint_step,
     last_checkpoint,
@@ -239,7 +241,14 @@ def prepare(settings: TrainSettings) -> TrainRun:
         "validation": count_classes(evaluation.items, evaluation.description, skip_bad=settings.skip_bad),
     }
     _check_targets(settings, recipe, train_data, start, counts["train"])
-    notes = [f"For the card: {license_note}."] if license_note else []
+    goes_on = checkpoint is not None or (out / BACKBONE).is_file()
+    changes = changes_of_data(out, counts) if goes_on else {}
+    if settings.best is not None and "validation" in changes:
+        raise SettingsError(
+            f"{changes['validation']} Evaluations before and after cannot be compared for --best: restore the data, or "
+            "choose another --out."
+        )
+    notes = [*changes.values(), *([f"For the card: {license_note}."] if license_note else [])]
     notes += [*precision_note, *_weigh_classes(settings, start, train_data, counts["train"], checkpoint)]
     labels = train_data.description.labels
     notes += filter(None, (channel_note(recipe.augmentations, channels), _flip_note(recipe, labels)))

@@ -1,6 +1,7 @@
 """The folder of a run: its settings, its checkpoints, and the model card of the trained model.
 
-`run.yaml` records the settings of the run, which must not change when it is resumed, except for those in `FREE`.
+`run.yaml` records the settings of the run, which must not change when it is resumed, except for those in `FREE`;
+`counts.json` the images, pixels and segments of its data, by which a changed dataset is noticed.
 """
 
 import json
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.augmentation import to_config
+from ..data.counts import ClassCounts, number_of
 from ..errors import FaiM2FError, ModelError, first_line
 from ..evaluation.report import folded_table, scalars
 from ..files import YamlLoader, write_whole
@@ -31,6 +33,7 @@ from ..zoo import label_difference
 from .recipe import Recipe
 
 RUN_FILE = "run.yaml"
+COUNTS_FILE = "counts.json"
 BACKBONE = "backbone.safetensors"
 FINAL = "final"
 # Settings that may change when a run is resumed.
@@ -266,11 +269,47 @@ def _is_whole(checkpoint: Path) -> bool:
     return isinstance(state, dict) and state.get("global_step") == checkpoint_step(checkpoint)
 
 
-def begin_run(out_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Creates the folder of a run and records its settings."""
+def begin_run(out_dir: Path, settings: Mapping[str, Any], counts: Mapping[str, ClassCounts]) -> None:
+    """Creates the folder of a run and records its settings, and the counts of its splits."""
     out_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     write_whole(out_dir / RUN_FILE, text)
+    write_whole(out_dir / COUNTS_FILE, json.dumps(_recorded(counts), ensure_ascii=False, indent=1) + "\n")
+
+
+def changes_of_data(out_dir: Path, counts: Mapping[str, ClassCounts]) -> dict[str, str]:
+    """A sentence for every split whose counts differ from those of the run in a folder."""
+    try:
+        before = json.loads((out_dir / COUNTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a run of an earlier version
+        return {}
+    changes = {}
+    for split, now in _recorded(counts).items():
+        earlier = before.get(split, now) if isinstance(before, dict) else now
+        if earlier != now:
+            was, now_is = _extent(earlier), _extent(now)
+            difference = f"{was} before, {now_is} now" if was != now_is else f"still {was}, but of other classes"
+            changes[split] = f"The {split} data has changed since the run in {out_dir} began: {difference}."
+    return changes
+
+
+def _recorded(counts: Mapping[str, ClassCounts]) -> dict[str, dict[str, Any]]:
+    return {
+        split: {
+            "images": count.total,
+            "pixels": dict(zip(count.labels, count.pixels, strict=True)),
+            "segments": dict(zip(count.labels, count.segments, strict=True)),
+        }
+        for split, count in counts.items()
+    }
+
+
+def _extent(recorded: Any) -> str:
+    try:
+        sums = [sum(recorded[name].values()) for name in ("segments", "pixels")]
+        return ", ".join(map(number_of, [recorded["images"], *sums], ["image", "segment", "pixel"]))
+    except (AttributeError, LookupError, TypeError):
+        return "unknown"
 
 
 def _words(name: str, settings: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -96,6 +97,36 @@ def test_a_run_is_not_resumed_under_other_labels(
             error = capsys.readouterr().err.strip().splitlines()[-1]
             assert said.format(out / "checkpoint-1") in error and "choose another out, or resume with the" in error
     assert (out / "final" / "config.json").read_bytes() == before
+
+
+@pytest.mark.newest_only
+def test_a_resumed_run_says_that_its_data_has_changed(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """New images are fine to learn from; but the best of two evaluations must be of the same images."""
+    data, out, best = write_tree("folder", tmp_path / "data"), tmp_path / "out", tmp_path / "best"
+    own, chosen = {**places, "data": str(data)}, ["--best", "mIoU", "--evaluate-every", "1"]
+    assert run(own, out, "--steps", "1") == run(own, best, *chosen, "--steps", "1") == 0
+    assert run(own, out, "--steps", "2") == 0
+    assert "has changed" not in capsys.readouterr().out
+    for folder in ("images", "masks"):
+        first = min((data / "train" / folder).iterdir())
+        shutil.copy(first, first.with_stem("added"))
+    assert run(own, out, "--steps", "3") == 0
+    found = capsys.readouterr().out
+    assert f"The train data has changed since the run in {out} began: 2 images, " in found
+    counts = json.loads((out / "counts.json").read_text())["train"]
+    assert f" before, 3 images, {sum(counts['segments'].values())} segments, {3 * 64 * 64:,} pixels now." in found
+    assert run(own, out, "--steps", "3") == 0
+    assert "has changed" not in capsys.readouterr().out
+    for mask in (data / "val" / "masks").iterdir():
+        Image.fromarray(np.array([0, 2, 3, 1], dtype=np.uint8)[np.asarray(Image.open(mask))]).save(mask)
+    assert run(own, out, "--steps", "3") == 0
+    assert "The validation data has changed" in (found := capsys.readouterr().out)
+    assert ": still 2 images, " in found and "pixels, but of other classes." in found
+    assert run(own, best, *chosen, "--steps", "1") == 2
+    error = capsys.readouterr().err
+    assert "The validation data has changed" in error and "before and after cannot be compared for --best" in error
 
 
 @pytest.mark.newest_only

@@ -124,7 +124,7 @@ def test_the_backbone_of_another_model_is_not_gone_on_with(tmp_path: Path) -> No
 
 def test_a_trained_backbone_belongs_to_its_settings(tmp_path: Path) -> None:
     """A run that was interrupted before its first checkpoint; the number of steps determines the backbone's."""
-    begin_run(tmp_path, {"model": "m", "data": "a", "steps": 10, "workers": 2})
+    begin_run(tmp_path, {"model": "m", "data": "a", "steps": 10, "workers": 2}, {})
     assert last_checkpoint(tmp_path, {"model": "m", "data": "b", "steps": 10}) is None
     (tmp_path / BACKBONE).touch()
     assert last_checkpoint(tmp_path, {"model": "m", "data": "a", "steps": 10}) is None

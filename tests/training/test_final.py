@@ -207,7 +207,7 @@ def test_the_best_of_other_images_is_not_compared(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5}')
     for best in ({}, {"best": "semantic mIoU"}):
-        begin_run(tmp_path, {"model": "m", "eval_limit": 3, "workers": 2, **best})
+        begin_run(tmp_path, {"model": "m", "eval_limit": 3, "workers": 2, **best}, {})
         assert last_checkpoint(tmp_path, {"model": "m", "eval_limit": 3, **best}) == tmp_path / "checkpoint-5"
         if not best:
             assert last_checkpoint(tmp_path, {"model": "m"}) == tmp_path / "checkpoint-5"
