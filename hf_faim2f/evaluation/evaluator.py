@@ -60,7 +60,7 @@ def choose_subtasks(description: Description, wanted: Sequence[str] | None) -> t
                 f"{description.name} has {truth}, by which {' and '.join(possible)} segmentation can be measured, but "
                 f"not {subtask!r}."
             )
-    return tuple(wanted) if wanted else possible
+    return tuple(dict.fromkeys(wanted)) if wanted else possible
 
 
 def check_classes(name: str, config: FaiM2FConfig, description: Description, by_ids: bool = False) -> list[str]:

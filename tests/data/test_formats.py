@@ -144,7 +144,7 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match="format digits makes its own data: leave --data out"):
             open_data("digits", source, "train")
     description = open_data("digits", DataSource(), "train").description
-    assert choose_subtasks(description, ["panoptic"]) == ("panoptic",)
+    assert choose_subtasks(description, ["panoptic", "panoptic"]) == ("panoptic",)
     stuff = replace(description, things=frozenset())
     assert choose_subtasks(stuff, None) == ("semantic", "panoptic")
     with pytest.raises(ValueError, match="has panoptic truth without things, by which .* not 'instance'"):
