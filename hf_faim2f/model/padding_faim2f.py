@@ -77,10 +77,14 @@ def masks_in_frame(
         pixel_mask: (B, H, W), as in `image_sizes`; None for images without padding.
 
     Raises:
-        ValueError: the masks of an image are transposed or, with `pixel_mask`, have a size that is none of these.
+        ValueError: the masks of an image are transposed, or have a size that is none of these.
     """
-    shapes = [tuple(mask.shape[-2:]) for mask in masks]
-    if all(shape == frame for shape in shapes):
+    if any(not isinstance(mask, Tensor) or mask.ndim not in (2, 3) for mask in masks):
+        return masks  # `SegmentTargets` says what is wrong with them
+    # Masks of an image without segments may have any size.
+    shapes = [tuple(mask.shape[-2:]) if mask.ndim == 2 or len(mask) else None for mask in masks]
+    known = [shape for shape in shapes if shape is not None]
+    if not known or all(shape == frame for shape in shapes):
         return masks
     for i, shape in enumerate(shapes):
         if shape == frame[::-1] and shape != frame:
@@ -88,27 +92,37 @@ def masks_in_frame(
                 f"The masks of image {i} are {shape[0]}x{shape[1]} (height x width), and pixel_values "
                 f"{frame[0]}x{frame[1]}: transpose them."
             )
-    if pixel_mask is None or len(shapes) != len(pixel_mask):
+    if pixel_mask is not None and len(shapes) != len(pixel_mask):
         return masks
-    sizes = image_sizes(pixel_mask)
-    if all(shape in (size, frame) for shape, size in zip(shapes, sizes, strict=True)):
-        padded = []
-        for mask, (height, width) in zip(masks, shapes, strict=True):
-            if mask.ndim == 2 and not mask.dtype.is_signed:
-                mask = mask.to(torch.int32)
-            missing = (0, frame[1] - width, 0, frame[0] - height)
-            padded.append(torch.nn.functional.pad(mask, missing, value=-1 if mask.ndim == 2 else 0))
-        return padded
-    largest = tuple(map(max, zip(*shapes, strict=True)))
+    sizes = [frame] * len(shapes) if pixel_mask is None else image_sizes(pixel_mask)
+    if all(shape in (None, size, frame) for shape, size in zip(shapes, sizes, strict=True)):
+        return [_padded(mask, shape, frame) for mask, shape in zip(masks, shapes, strict=True)]
+    largest = (max(height for height, _ in known), max(width for _, width in known))
     for i, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
         # Smaller masks are padded to the largest, so each must cover the same fraction of it as its image of the frame.
-        sides = zip(shape, largest, size, frame, strict=True)
-        if shape != largest and any(abs(own - most * part / whole) > 1 for own, most, part, whole in sides):
+        sides = zip(shape or largest, largest, size, frame, strict=True)
+        if shape not in (None, largest) and any(abs(own - most * part / whole) > 1 for own, most, part, whole in sides):
+            own = f"mask_labels[{i}] is {shape[0]}x{shape[1]} (height x width)"
+            if pixel_mask is None:
+                raise ValueError(
+                    f"{own}, but others in the batch reach {largest[0]}x{largest[1]}: resize the masks like the "
+                    "images, or, if the images were padded, pass pixel_mask."
+                )
             raise ValueError(
-                f"mask_labels[{i}] is {shape[0]}x{shape[1]} (height x width), but its image {size[0]}x{size[1]} in a "
-                f"batch of {frame[0]}x{frame[1]}: resize the masks with the image."
+                f"{own}, but its image {size[0]}x{size[1]} in a batch of {frame[0]}x{frame[1]}: resize the masks with "
+                "the image."
             )
-    return masks
+    return [_padded(mask, shape, largest) for mask, shape in zip(masks, shapes, strict=True)]
+
+
+def _padded(mask: Tensor, shape: tuple[int, ...] | None, size: tuple[int, int]) -> Tensor:
+    """A mask (n, h, w) or a map of segment ids (h, w), padded with pixels of no segment at the bottom and right."""
+    if shape is None:
+        return mask.new_zeros((0, *size))
+    if mask.ndim == 2 and not mask.dtype.is_signed:
+        mask = mask.to(torch.int32)
+    missing = (0, size[1] - shape[1], 0, size[0] - shape[0])
+    return torch.nn.functional.pad(mask, missing, value=-1 if mask.ndim == 2 else 0)
 
 
 def group_by_size(sizes: list[tuple[int, int]]) -> list[list[int]]:

@@ -256,12 +256,35 @@ def test_masks_that_were_not_resized_with_their_images_are_refused() -> None:
     original = [torch.ones(1, 213, 128), torch.ones(1, 100, 60)]
     with pytest.raises(ValueError, match=r"mask_labels\[1\] is 100x60 \(height x width\), but its image 213x128 in a"):
         model(**inputs, mask_labels=original, class_labels=classes)
+    pixels = {"pixel_values": inputs["pixel_values"]}  # without pixel_mask, each image fills the batch's frame
+    for sizes in ([(480, 640), (240, 320)], [(64, 96), (32, 96)]):
+        for empty in (False, True):
+            masks = [torch.ones(1, *size) for size in sizes] + ([torch.zeros(0, 500, 5)] if empty else [])
+            batch = {name: torch.cat([value, value[:1]]) if empty else value for name, value in pixels.items()}
+            labels = [*classes, torch.zeros(0, dtype=torch.long)] if empty else classes
+            with pytest.raises(ValueError, match=r"mask_labels\[1\] is \d+x\d+ .*others .* reach \d+x\d+: resize the"):
+                model(**batch, mask_labels=masks, class_labels=labels)
     with pytest.raises(ValueError, match="masks of image 0 are 48x32 .*, and pixel_values 32x48: transpose them"):
         model(torch.zeros(1, 3, 32, 48), mask_labels=[torch.ones(1, 48, 32)], class_labels=[torch.tensor([1])])
     with pytest.raises(ValueError, match="masks of image 0 are 48x32"):
         FaiM2FForSemanticSegmentation(model.config)(
             torch.zeros(1, 3, 32, 48), labels=torch.zeros(1, 48, 32, dtype=torch.long)
         )
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 1000), (0, 0, 0)])
+@pytest.mark.parametrize("stride", [1, 4])
+def test_an_image_without_segments_has_masks_of_any_size(shape: tuple[int, ...], stride: int) -> None:
+    processor, model = FaiM2FImageProcessor(do_resize=False, ignore_index=255), small_model()
+    maps = [np.zeros(SIZES[0], np.uint8), np.full(SIZES[1], 255, np.uint8)]
+    inputs = processor(PHOTOS[:2], maps, return_tensors="pt")
+    masks = [mask[:, ::stride, ::stride] for mask in inputs.pop("mask_labels")]
+    losses = []
+    for empty in (masks[1], torch.zeros(shape)):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            losses.append(model(**inputs, mask_labels=[masks[0], empty]).loss)
+    assert torch.equal(*losses)
 
 
 @pytest.mark.large
