@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
+from transformers.utils import logging
 
 from .image_bands_faim2f import read_bands, tiff_bands, tile_pixels
+
+logger = logging.get_logger(__name__)
 
 # The supported formats, by Pillow's names, and their file suffixes. Pillow opens more formats, but for some it starts
 # another program (EPS) or uses decoders that are hardly tested on damaged files.
@@ -150,7 +153,14 @@ def decode_image(source: Any, label: str = "image 0", num_channels: int = 3) -> 
         ValueError: the image cannot be read.
     """
     if isinstance(source, Image.Image):
-        return _decode(source, label)
+        decoded = _decode(source, label)
+        if decoded.image is not source:  # the caller's own image is not upright
+            logger.warning_once(
+                f"{label} has the EXIF orientation {decoded.orientation} and was turned upright, but the image object "
+                "that was passed is unchanged: its size, and a map or a drawing made for its pixels, may not fit. Pass "
+                "PIL.ImageOps.exif_transpose(image) and use that everywhere."
+            )
+        return decoded
     is_path = isinstance(source, (str, os.PathLike))
     if not is_path and not hasattr(source, "read"):
         return source
