@@ -49,6 +49,8 @@ OTHER_NAMES = {
     "stuff_classes": "label_ids_to_fuse",
     "semantic_loss_ignore_index": "ignore_value",
 }
+# Kinds of parameters that stand for any number of arguments.
+ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # The default `ignore_value`.
 IGNORED = 255
 # Keys that select the attention implementation. Those with an underscore are transformers' internal state.
@@ -61,9 +63,20 @@ def base_values() -> dict[str, Any]:
     return PretrainedConfig().to_dict()
 
 
-def parameters_of(config_class: Any) -> list[str]:
-    """The names of a configuration's own parameters, in the order of its constructor."""
-    return [name for name in inspect.signature(config_class.__init__).parameters if name not in ("self", "kwargs")]
+def parameters_of(owner: Any, base: type = PretrainedConfig) -> list[str]:
+    """The names of a class's own parameters, in the order of its constructor. If that takes any keywords, as those of
+    subclasses do, the parameters of the class below it follow, down to `base`, which is left out."""
+    names: dict[str, None] = {}
+    for one in owner.__mro__[: owner.__mro__.index(base)]:
+        if "__init__" not in vars(one):
+            continue
+        parameters = list(inspect.signature(one.__init__).parameters.values())[1:]
+        kinds = [parameter.kind for parameter in parameters]
+        named = [parameter.name for parameter in parameters if parameter.kind not in ANY_NUMBER]
+        names |= dict.fromkeys(named)
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return list(names)
 
 
 def _is_parameter(config_class: Any, name: str) -> bool:
@@ -359,11 +372,28 @@ def refuse_other_number(id2label: Any, num_labels: int | None) -> None:
 
 
 def inverted(label2id: Any) -> dict[Any, Any]:
-    """The `id2label` of a `label2id`; ValueError if it is not a mapping of names to ids."""
+    """The `id2label` of a `label2id`; ValueError if it is not a mapping of names to ids, or gives two the same id."""
     try:
-        return {index: name for name, index in dict(label2id).items()}
+        names = {int(index): name for name, index in dict(label2id).items()}
     except (TypeError, ValueError):
         raise ValueError(f"FaiM2FConfig: `label2id` must map names to class ids, got {label2id!r}.") from None
+    for name, index in dict(label2id).items():
+        if names[int(index)] != name:
+            raise ValueError(
+                f"FaiM2FConfig: `label2id` has {name!r} and {names[int(index)]!r} as class {index}: give each an id of "
+                "its own."
+            )
+    return names
+
+
+def warn_of_other_ids(label2id: Any, own: Mapping[str, int]) -> None:
+    """Warns if `label2id` is set on a configuration whose `id2label`, which decides, says otherwise."""
+    try:
+        is_other = label2id is not None and inverted(label2id) != inverted(own)
+    except ValueError:
+        is_other = True
+    if is_other:
+        logger.warning_once("FaiM2FConfig: `label2id` is ignored, because it follows from `id2label`: set id2label.")
 
 
 def class_names(id2label: Any) -> dict[int, str]:

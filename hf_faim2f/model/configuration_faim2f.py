@@ -32,6 +32,7 @@ from .configuration_checks_faim2f import (
     require,
     reset_what_labels_meant,
     stride_of_map,
+    warn_of_other_ids,
 )
 
 # Backbone configurations that are not in transformers' CONFIG_MAPPING.
@@ -302,13 +303,14 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         # Checked here because transformers and many scripts set the labels of an existing configuration.
         if name == "id2label" and value is not None:
-            value = class_names(value)
-            before = self.__dict__.get(name)
+            before, value = self.__dict__.get(name), class_names(value)
             super().__setattr__(name, value)
             super().__setattr__("label2id", {label: index for index, label in value.items()})
             if before is not None and value != before:
                 reset_what_labels_meant(self, before)
-        elif name != "label2id" or self.__dict__.get("id2label") is None:
+        elif name == "label2id" and self.__dict__.get("id2label") is not None:
+            warn_of_other_ids(value, self.label2id)
+        else:
             super().__setattr__(name, value)
             # Once the constructor has set the last parameter.
             if name in ("label_ids_to_fuse", "label_weights") and "backbone_freeze_norm" in self.__dict__:

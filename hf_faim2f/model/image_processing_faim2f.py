@@ -21,6 +21,7 @@ from transformers.utils import logging
 # marked `noqa` are needed by the other imports.
 from .argmax_faim2f import resized_argmax  # noqa: F401
 from .channels_faim2f import RGB, spread_values
+from .configuration_checks_faim2f import parameters_of
 from .focoos_post_processing_faim2f import post_process_detections  # noqa: F401
 from .image_bands_faim2f import read_bands  # noqa: F401
 from .image_files_faim2f import open_image  # noqa: F401
@@ -35,6 +36,7 @@ from .image_settings_faim2f import (
     padded_sizes,
     refuse_unknown,
     resized_size,
+    scale_and_shift,
     square_if_asked,
     warn_of_scale,
     with_own_names,
@@ -232,7 +234,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         """
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         kwargs = with_own_names(kwargs)
-        own = (*SETTINGS, MASK_STRIDE, NUM_CHANNELS)
+        own = (*parameters_of(cls, BaseImageProcessor), MASK_STRIDE, NUM_CHANNELS)
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         if not return_unused_kwargs:
             refuse_unknown(near_settings(kwargs), SETTINGS, cls.__name__)
@@ -260,14 +262,24 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             return cls.from_dict(json.load(file))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that are not None, and the keys by which transformers finds this class."""
+        """The settings that are not None, and the keys by which transformers finds this class.
+
+        Raises:
+            ValueError: a setting was changed to an invalid value; the message names it.
+        """
         # transformers 4.57 saves "_processor_class" without its underscore; 5.x has no such attribute.
-        names = [*SETTINGS, FUSE_AMONG, "auto_map", "_processor_class"]
+        names = [*parameters_of(type(self), BaseImageProcessor), FUSE_AMONG, "auto_map", "_processor_class"]
         values = {name: copy.deepcopy(getattr(self, name, None)) for name in names}
+        values |= {name: check(name, values[name]) for name, check in SETTINGS.items() if values[name] is not None}
         values[MASK_STRIDE] = None if self.mask_stride == USUAL_STRIDE else self.mask_stride
         values[NUM_CHANNELS] = None if self.num_channels == RGB else self.num_channels
         saved = {name: value for name, value in values.items() if value is not None or name == "intermediate_size"}
         return {**saved, "image_processor_type": type(self).__name__}
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """Like transformers' method; raises ValueError for an invalid setting before it writes anything."""
+        self.to_dict()
+        return super().save_pretrained(save_directory, **kwargs)
 
     def __call__(  # type: ignore[override]
         self,
@@ -421,17 +433,6 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
 def _check_return_tensors(return_tensors: str | None) -> None:
     if return_tensors not in (None, "pt", "np"):
         raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}.")
-
-
-def scale_and_shift(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """`scale` and `shift`, (C, 1, 1) each: rescaling and normalization combined are `pixels * scale + shift`."""
-    factor = settings["rescale_factor"] if settings["do_rescale"] else 1.0
-    mean, std = settings["image_mean"], settings["image_std"]
-    if not settings["do_normalize"]:
-        mean, std = [0.0] * len(mean), [1.0] * len(mean)
-    mean, std = (np.array(values, dtype=np.float64).reshape(-1, 1, 1) for values in (mean, std))
-    scale, shift = ((values / std).astype(np.float32) for values in (factor, -mean))
-    return torch.from_numpy(scale), torch.from_numpy(shift)
 
 
 def _in_type(values: Tensor | list[Tensor], return_tensors: str | None) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.utils import logging
@@ -161,6 +162,17 @@ def refuse_unknown(keywords: Iterable[str], known: Iterable[str], owner: str) ->
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise TypeError(f"{owner} has no setting `{name}`; did you mean `{nearest}`? It knows: {', '.join(known)}.")
+
+
+def scale_and_shift(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """`scale` and `shift`, (C, 1, 1) each: rescaling and normalization combined are `pixels * scale + shift`."""
+    factor = settings["rescale_factor"] if settings["do_rescale"] else 1.0
+    mean, std = settings["image_mean"], settings["image_std"]
+    if not settings["do_normalize"]:
+        mean, std = [0.0] * len(mean), [1.0] * len(mean)
+    mean, std = (np.array(values, dtype=np.float64).reshape(-1, 1, 1) for values in (mean, std))
+    scale, shift = ((values / std).astype(np.float32) for values in (factor, -mean))
+    return torch.from_numpy(scale), torch.from_numpy(shift)
 
 
 def near_settings(keywords: Iterable[str]) -> list[str]:

@@ -19,10 +19,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 from transformers.image_utils import ChannelDimension
 
+from hf_faim2f.model import image_files_faim2f as image_files
 from hf_faim2f.model import image_loading_faim2f as image_loading
 from hf_faim2f.model import image_settings_faim2f as image_settings
 from hf_faim2f.model import post_processing_faim2f as post_processing
@@ -485,6 +486,55 @@ def test_exif_orientation_is_applied(orientation, tmp_path):
         FaiM2FImageProcessor(do_resize=False)(image, maps, return_tensors="pt")
         with pytest.raises(ValueError, match="upright by its EXIF"):
             FaiM2FImageProcessor(do_resize=False)(image, maps.T.copy()[1:], return_tensors="pt")
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_an_image_object_that_is_turned_is_warned_about(orientation, tmp_path, monkeypatch):
+    """Pillow keeps the orientation when it converts or edits an image, whose pixels the caller may have labeled."""
+    said = []
+    monkeypatch.setattr(image_files.logger, "warning_once", said.append)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(photo(6, 9)).save(tmp_path / "turned.png", exif=exif)
+    processor = FaiM2FImageProcessor(do_resize=False)
+    with Image.open(tmp_path / "turned.png") as file:
+        image = file.convert("RGB")
+    processor([tmp_path / "turned.png", np.asarray(image)])
+    assert not said
+    processor([ImageOps.exif_transpose(image), image])
+    assert len(said) == 1 and f"image 1 has the EXIF orientation {orientation}" in said[0]
+    assert "Pass PIL.ImageOps.exif_transpose(image)" in said[0]
+
+
+class OwnProcessor(FaiM2FImageProcessor):
+    """As a person may write one; nothing is listed twice."""
+
+    def __init__(self, border=1, **kwargs):
+        super().__init__(**kwargs)
+        self.border = border
+
+
+def test_a_subclass_keeps_its_own_settings(tmp_path, warnings_said):
+    OwnProcessor(border=7, threshold=0.25).save_pretrained(tmp_path)
+    read = OwnProcessor.from_pretrained(tmp_path)
+    assert (read.border, read.threshold) == (7, 0.25) and not warnings_said
+    assert OwnProcessor.from_pretrained(tmp_path, border=9).border == 9
+    with pytest.raises(TypeError, match="has no setting `treshold`; did you mean `threshold`"):
+        OwnProcessor(treshold=0.1)
+
+
+def test_a_setting_that_could_not_be_loaded_is_not_saved(tmp_path):
+    processor = FaiM2FImageProcessor()
+    processor.threshold = 50
+    with pytest.raises(ValueError, match="threshold must be a finite number from 0 to 1"):
+        processor.save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    square = FaiM2FImageProcessor(default_to_square=True)
+    square.size = 64
+    picture = np.zeros((50, 100, 3), dtype=np.uint8)
+    square.save_pretrained(tmp_path)
+    shapes = [given([picture])["pixel_values"][0].shape for given in (square, square.from_pretrained(tmp_path))]
+    assert shapes[0] == shapes[1] == (3, 64, 128)
 
 
 # ------------------------------------------------------------------------------------------------- segmentation maps

@@ -152,6 +152,20 @@ def test_label2id_and_stuff_follow_the_labels_of_a_configuration() -> None:
     assert config.label2id == {"LABEL_0": 0, "LABEL_1": 1}
     stale = {**values, "id2label": {0: "a", 1: "b"}, "label_ids_to_fuse": None}
     assert FaiM2FConfig.from_dict(stale).label2id == {"a": 0, "b": 1}  # from a file with the old label2id
+    with pytest.raises(ValueError, match="`label2id` has 'a' and 'b' as class 0: give each an id of its own"):
+        FaiM2FConfig(label2id={"a": 0, "b": 0, "c": 1})
+
+
+def test_setting_label2id_alone_warns_that_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(configuration_checks_faim2f.logger, "warning_once", said.append)
+    config = FaiM2FConfig(id2label={0: "a", 1: "b"})
+    config.label2id = {"b": "1", "a": "0"}
+    assert not said
+    for value in ({"a": 1, "b": 0}, {"x": 0, "y": 1}, {"a": 0, "b": 0}):
+        config.label2id = value  # type: ignore[assignment]
+        assert config.id2label == {0: "a", 1: "b"} and config.label2id == {"a": 0, "b": 1}
+    assert len(said) == 3 and all("follows from `id2label`: set id2label" in sentence for sentence in said)
 
 
 @pytest.mark.parametrize("labels", [TWELVE, SAME_NUMBER], ids=["another number", "the same number"])

@@ -423,6 +423,25 @@ def test_misspelt_keywords_of_a_caller_stay_refused(keywords: dict[str, Any], se
             FaiM2FConfig.from_pretrained(tmp_path, **keywords)
 
 
+class OwnConfig(FaiM2FConfig):
+    """As a person may write one; nothing is listed twice."""
+
+    def __init__(self, border: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.border = border
+
+
+def test_a_subclass_has_the_parameters_of_its_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    OwnConfig(border=7, num_queries=8, backbone_config={"model_type": "faim2f_stdc"}).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING), _propagated("hf_faim2f"):
+        config = OwnConfig.from_pretrained(tmp_path)
+        assert (config.border, config.num_queries) == (7, 8) and not caplog.records
+        with pytest.raises(ValueError, match="`num_queries` must be a positive integer"):
+            OwnConfig.from_pretrained(tmp_path, num_queries=-5)
+    with pytest.raises(TypeError, match="OwnConfig has no parameter `num_querys`; did you mean `num_queries`"):
+        OwnConfig(num_querys=7)
+
+
 def test_keywords_beside_a_file_replace_what_it_says(tmp_path: Path) -> None:
     small_config().save_pretrained(tmp_path)
 
