@@ -118,6 +118,8 @@ def sine_position_embedding(features: Tensor) -> Tensor:
         # A tensor created in inference mode could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
             found = _embed(features)
+        if type(found) is not Tensor:  # a fake tensor, or one of another mode
+            return found
     _kept[key] = found
     while len(_kept) > MOST_KEPT:
         _kept.popitem(last=False)

@@ -91,11 +91,9 @@ class FaiM2FPreTrainedModel(SpreadsChannels, CheckpointsWithoutReentry, PreTrain
         elif isinstance(module, FaiM2FSamplingOffsets):
             nn.init.zeros_(module.weight)
             initialize_with(module.bias, module.first_offsets())
-        elif isinstance(module, FaiM2FPointWeights):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+            initialize = nn.init.zeros_ if isinstance(module, FaiM2FPointWeights) else nn.init.xavier_uniform_
+            initialize(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -112,13 +110,14 @@ class FaiM2FPreTrainedModel(SpreadsChannels, CheckpointsWithoutReentry, PreTrain
         """Like transformers' method, but also saves the model code, so that the folder loads without this package.
 
         Raises:
-            ValueError: the model was optimized for inference, so its weights no longer fit its configuration.
+            ValueError: the model was optimized for inference, or a value in its configuration is invalid.
         """
         if getattr(self, "is_optimized_for_inference", False):
             raise ValueError(
                 "A model that was optimized for inference has lost its batch norms and cannot be saved: save it before "
                 "`optimize_for_inference()`, or load it again."
             )
+        self.config._check_values()  # it may have been changed, and could not be loaded
         self.config.auto_map = dict(AUTO_MAP)
         if is_main_process and not os.path.isfile(save_directory):
             # Copied before the weights, so that push_to_hub=True uploads a complete folder.
@@ -143,6 +142,9 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     is_optimized_for_inference = False
 
     def __init__(self, config: FaiM2FConfig) -> None:
+        if "keys_to_ignore_at_inference" in vars(config):  # a semantic model's, whose predictions are other outputs
+            config = copy.deepcopy(config)
+            del config.keys_to_ignore_at_inference
         super().__init__(config)
         self.backbone = self._build_backbone(config.backbone_config)
         self.pixel_decoder = PIXEL_DECODERS[config.pixel_decoder_type](config, list(self.backbone.channels))
@@ -167,9 +169,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             ValueError: the model was optimized for inference.
         """
         if mode and self.is_optimized_for_inference:
-            raise ValueError(
-                "A model that was optimized for inference lost its batch norms and cannot be trained: load it again."
-            )
+            raise ValueError("A model that was optimized for inference cannot be trained: load it again.")
         super().train(mode)
         if mode:
             self._freeze()

@@ -46,7 +46,8 @@ class SegmentationPostProcessing:
         Args:
             outputs: the model's output: an object or a mapping with `class_queries_logits` (B, Q, C+1) and
                 `masks_queries_logits` (B, Q, H/4, W/4), or H/8 and W/8 for BiSeNetFormer.
-            target_sizes: (height, width) of each image's result; None for `intermediate_size`.
+            target_sizes: (height, width) of each image's result; None for `intermediate_size`. Results leave out the
+                batch's padding, so give sizes of images, not of the batch: crop `mask_labels` to compare with them.
             return_segmentation_scores: also return the scores of all classes.
 
         Returns:
@@ -213,7 +214,7 @@ class SegmentationPostProcessing:
         return post_process_detections(
             class_queries_logits,
             masks_queries_logits,
-            network_size or self._network_size(masks_queries_logits),
+            self._network_size(masks_queries_logits) if network_size is None else network_size,
             target_sizes,
             id2label=id2label,
             cls_sigmoid=self.cls_sigmoid,
@@ -236,7 +237,7 @@ class SegmentationPostProcessing:
         return post_process_queries(
             class_queries_logits,
             masks_queries_logits,
-            network_size or self._network_size(masks_queries_logits),
+            self._network_size(masks_queries_logits) if network_size is None else network_size,
             target_sizes,
             cls_sigmoid=self.cls_sigmoid,
             **settings,

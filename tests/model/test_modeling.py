@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from accelerate import infer_auto_device_map
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForUniversalSegmentation, ResNetConfig
 from transformers.utils import logging as transformers_logging
 
@@ -198,6 +199,36 @@ def test_registered_with_every_auto_class(tmp_path: Path) -> None:
         semantic = name == "ForSemanticSegmentation"
         assert type(model) is (FaiM2FForSemanticSegmentation if semantic else FaiM2FForUniversalSegmentation)
     assert type(AutoModel.from_config(small_config())) is FaiM2FForUniversalSegmentation
+
+
+def test_the_output_that_a_hook_keeps_does_not_change() -> None:
+    model, kept = small_model().eval(), []
+    pixels = torch.randn(1, 3, 64, 96)
+    layer = model.pixel_decoder.lateral_convolutions[0]
+    with torch.no_grad():
+        expected = model(pixels).masks_queries_logits
+        for module in (layer, list(layer.modules())[-1]):
+            handle = module.register_forward_hook(lambda _, __, output: kept.append((output, output.clone())))
+            assert torch.equal(model(pixels).masks_queries_logits, expected)
+            handle.remove()
+    assert len(kept) == 2 and all(torch.equal(output, at_once) for output, at_once in kept)
+
+
+def test_fake_tensors_of_an_estimate_do_not_stay() -> None:
+    """The position embeddings of a size are kept."""
+    model = small_model().eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model(torch.randn(1, 3, 160, 224))
+    with torch.no_grad():
+        assert type(model(torch.randn(1, 3, 160, 224)).class_queries_logits) is torch.Tensor
+
+
+def test_a_configuration_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    model = small_model()
+    model.config.threshold = 50
+    with pytest.raises(ValueError, match="`threshold` must be between 0 and 1"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_same_twice() -> None:

@@ -143,6 +143,10 @@ def test_one_folder_loads_in_all_auto_classes(folder: Path, tmp_path: Path) -> N
             assert torch.equal(tensor, universal.state_dict()[name])
         assert loaded.config.keys_to_ignore_at_inference == ["loss_dict", "fused_classes"]
     assert type(AutoModelForSemanticSegmentation.from_pretrained(tmp_path)) is FaiM2FForSemanticSegmentation
+    # Trainer would gather none of the other class's outputs.
+    other = FaiM2FForUniversalSegmentation(semantic.config)
+    assert other.config.keys_to_ignore_at_inference == ["loss_dict", "fused_classes"]
+    assert "class_queries_logits" in semantic.config.keys_to_ignore_at_inference
 
 
 def test_both_classes_as_remote_code_save_the_same_auto_map(tmp_path: Path) -> None:
