@@ -491,7 +491,7 @@ def test_exif_orientation_is_applied(orientation, tmp_path):
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_an_image_object_that_is_turned_is_warned_about(orientation, tmp_path, monkeypatch):
     """Pillow keeps the orientation when it converts or edits an image, whose pixels the caller may have labeled."""
-    said = []
+    said: list[str] = []
     monkeypatch.setattr(image_files.logger, "warning_once", said.append)
     exif = Image.Exif()
     exif[0x0112] = orientation
