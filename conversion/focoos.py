@@ -29,7 +29,7 @@ def convert(checkpoint: Path, out_dir: Path, info: str) -> ConvertedModel:
     """
     check_new_folder(out_dir, ConversionError)
     described = read_info(info)
-    state = read_state_dict(checkpoint)
+    state = read_state_dict(checkpoint, described.notes)
     model = build_model(described.config, convert_state_dict(state, described.config, str(checkpoint)))
     provenance = Provenance(checkpoint.name, sha256_of(checkpoint), described.started_from)
     write_model_folder(out_dir, described.name, model, described.processor, provenance)

@@ -35,6 +35,7 @@ from .weights import (
     check_weight,
     drop_unused_levels,
     read_state_dict,
+    take_weights,
     write_model_folder,
 )
 
@@ -66,7 +67,7 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
     if not source.is_file():
         raise ConversionError(f"{source} does not exist; name a checkpoint of Mask2Former (.pkl or .pth).")
     described = choose_description(source, md5_of(source), config, subtask)
-    state = read_weights(source)
+    state = read_weights(source, described.notes)
     # Checked before anything is built, so that no configuration can require more memory than the file's weights.
     check_architecture(architecture_of(state, source), described, source)
     ours = model_configuration(described)
@@ -79,11 +80,12 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
     return ConvertedModel(described.name, described.notes)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, notes: list[str] | None = None) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint, by the keys of the zoo's newest format.
 
     Args:
         path: a pickle of arrays, as published in the zoo, or a file saved by torch or safetensors; untrusted.
+        notes: as in `read_state_dict`.
 
     Raises:
         ConversionError: the file is missing, truncated, of another type, or contains more than tensors and containers.
@@ -93,17 +95,16 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     with path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
     if is_archive or path.suffix == ".safetensors":
-        state = read_state_dict(path)
+        state = read_state_dict(path, notes)
     else:
-        state = _tensors(_arrays(read_array_pickle(path), path), path)
+        state = _tensors(_arrays(take_weights(read_array_pickle(path), path, notes), path), path)
     return {_newest_name(key): tensor for key, tensor in state.items()}
 
 
-def _arrays(content: Any, path: Path) -> dict[str, np.ndarray]:
-    arrays = content["model"] if isinstance(content, dict) and isinstance(content.get("model"), dict) else content
+def _arrays(arrays: Any, path: Path) -> dict[str, np.ndarray]:
     if not isinstance(arrays, dict):
         raise ConversionError(
-            f"{path} holds a {type(content).__name__} where a dictionary of arrays was expected, bare or under the key "
+            f"{path} holds a {type(arrays).__name__} where a dictionary of arrays was expected, bare or under the key "
             "'model'."
         )
     if not arrays:

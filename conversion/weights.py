@@ -3,10 +3,10 @@
 Checkpoints are untrusted: nothing runs code from them, or allocates more memory than their contents need.
 """
 
-import pickle
+import pickletools
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,22 @@ LOGITS = ("class_queries_logits", "masks_queries_logits")
 NUM_LEVELS = 3
 LEVEL_EMBEDDING = "transformer_decoder.level_embedding.weight"
 INPUT_PROJECTION = re.compile(r"transformer_decoder\.input_projections\.(\d)\.")
+# The names that a pickle by torch.save may have. torch's restricted unpickler allows more, and some of these allocate
+# as much memory as a number in the file says, such as `bytearray`.
+ALLOWED_NAMES = re.compile(
+    r"torch\.(\w+Storage|Size|device|bool|[a-z]+\d+\w*)|torch\.serialization\._get_layout|"
+    r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter|sparse_tensor|meta_tensor_no_storage)|"
+    r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.set"
+)
+# The entries with a checkpoint's weights (the second is Lightning's), and those with their moving averages in training,
+# which need not have the buffers.
+STATES, AVERAGES = ("model", "state_dict"), ("ema_state", "model_ema", "state_dict_ema", "ema")
+BUFFERS = (
+    "running_mean", "running_var", "num_batches_tracked", "empty_weight", "relative_position_index", "pixel_mean",
+    "pixel_std",
+)  # fmt: skip
+# What DataParallel, Lightning and torch.compile put before all keys.
+PREFIXES = ("module.", "model.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -124,13 +140,14 @@ def write_model_folder(
         (staging / "README.md").write_text(model_card(name, model.config, provenance), encoding="utf-8")
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: Path, notes: list[str] | None = None) -> dict[str, torch.Tensor]:
     """Reads a state dict from a `.safetensors` file, or from a `.pth` file, where it may be the entry "model".
 
     Args:
-        path: the file. A pickle is read by torch's restricted unpickler, which rejects everything except tensors and
-            plain containers, and only from an uncompressed zip archive: with compressed entries, or in the format
-            before torch 1.6, a small file can make torch allocate any amount of memory.
+        path: the file. A pickle is read by torch's restricted unpickler, after its names are checked: it may have only
+            tensors and plain containers. It must be in an uncompressed zip archive: with compressed entries, or in the
+            format before torch 1.6, a small file can make torch allocate any amount of memory.
+        notes: gets a sentence about the weights that were taken if the file has several; see `take_weights`.
 
     Returns:
         Tensors on the CPU by key, which have at most as many bytes as the file. Keys, shapes and values are not
@@ -148,7 +165,8 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         raise ConversionError(f"{path} does not exist; name a Focoos checkpoint (.pth or .safetensors).")
     if not path.is_file():  # reading a pipe could block forever
         raise ConversionError(f"{path} is not a file; name a Focoos checkpoint (.pth or .safetensors).")
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _take_state_dict(_read_pickle(path), path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    state = _state_dict_of(take_weights(content, path, notes), path)
     # A tensor can be a view that repeats a single number, and several tensors can share one storage.
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if claimed > path.stat().st_size:
@@ -188,27 +206,81 @@ def _check_archive(path: Path) -> None:
 def _read_pickle(path: Path) -> Any:
     _check_archive(path)
     try:
+        _check_names(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"), path)  # the bytes that torch reads
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL\s+([\w.]+)", str(error))
-        what = f"`{name.group(1)}`" if name else "something that is neither tensor nor plain container"
-        raise ConversionError(
-            f"{path} holds {what}, and reading it could run code: refused. Save the weights alone, by "
-            '`torch.save({"model": model.state_dict()}, path)`.'
-        ) from error
+    except ConversionError:
+        raise
     # torch raises RuntimeError for broken records; a malicious pickle can make its unpickler raise any exception.
     except Exception as error:
         reason = first_line(error, kind=False)
         raise ConversionError(f"{path} cannot be read as a torch checkpoint ({reason}); download it again.") from error
 
 
-def _take_state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    state = content
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        state = content["model"]
+def _check_names(content: bytes, path: Path) -> None:
+    """Rejects a pickle with names other than those of tensors and plain containers."""
+    for instruction, argument, _ in pickletools.genops(content):
+        name = str(argument).replace(" ", ".") if instruction.name == "GLOBAL" else instruction.name
+        if name in ("STACK_GLOBAL", "INST") or (instruction.name == "GLOBAL" and not ALLOWED_NAMES.fullmatch(name)):
+            shown = repr(name.removeprefix("__builtin__."))[1:-1]
+            raise ConversionError(
+                f"{path} holds `{shown}`, which is neither a tensor nor a plain container: "
+                'refused. Save the weights alone, by `torch.save({"model": model.state_dict()}, path)`.'
+            )
+
+
+def take_weights(content: Any, path: Path, notes: list[str] | None = None) -> Any:
+    """The weights in the content of a checkpoint: one of its entries, or the whole.
+
+    If the training kept moving averages of the weights, these are taken, because it evaluated them, and not the weights
+    of the last step. Buffers that were not averaged are those of the last step. A prefix of all keys is removed.
+
+    Args:
+        content: any value, from an untrusted file.
+        path: the file, for error messages.
+        notes: gets a sentence if averages were taken.
+
+    Returns:
+        The weights, or `content` itself if it is not a dictionary.
+
+    Raises:
+        ConversionError: averages are there, and lack a weight.
+    """
+    if not isinstance(content, dict):
+        return content
+    entry = next((name for name in STATES if isinstance(content.get(name), dict)), None)
+    if entry is None:
+        return _without_prefix(content)
+    state = _without_prefix(content[entry])
+    for name in AVERAGES:
+        if not isinstance(content.get(name), dict) or not content[name]:
+            continue
+        averages = _without_prefix(content[name])
+        lacking = [key for key in state if key not in averages and not str(key).endswith(BUFFERS)]
+        if lacking:
+            raise ConversionError(
+                f"{path}: the averaged weights in the entry {name!r} lack {lacking[0]!r} of the entry {entry!r}: save "
+                'the weights to convert alone, by `torch.save({"model": weights}, path)`.'
+            )
+        if notes is not None:
+            notes.append(
+                f"the averaged weights in the entry {name!r} are converted, which training evaluates, and not those of "
+                f"the last step in {entry!r}"
+            )
+        return {**state, **{key: value for key, value in averages.items() if key in state}}
+    return state
+
+
+def _without_prefix(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    for prefix in PREFIXES:
+        if all(isinstance(key, str) and key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)
+
+
+def _state_dict_of(state: Any, path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict):
         raise ConversionError(
-            f"{path} holds a {type(content).__name__} where a state dict was expected, bare or under the key 'model'."
+            f"{path} holds a {type(state).__name__} where a state dict was expected, bare or under the key 'model'."
         )
     if not state:
         raise ConversionError(f"{path} holds an empty state dict; there is nothing to convert.")
@@ -239,5 +311,6 @@ __all__ = [
     "drop_unused_levels",
     "largest_difference",
     "read_state_dict",
+    "take_weights",
     "write_model_folder",
 ]

@@ -1,5 +1,6 @@
 """Conversion of Focoos's files: valid ones give the same outputs, invalid ones give one sentence and no folder."""
 
+import collections
 import json
 import pickle
 import sys
@@ -13,12 +14,14 @@ import pytest
 import torch
 from hf_faim2f.conversion.focoos import (
     build_model,
+    convert,
     convert_state_dict,
     expected_shapes,
     focoos_state_dict,
     read_info,
     translate_configuration,
 )
+from hf_faim2f.conversion.weights import read_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -114,10 +117,13 @@ def truncated(path: Path, source: Path) -> None:
     path.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
 
 
-def rewritten(path: Path, source: Path, compression: int) -> None:
+def rewritten(path: Path, source: Path, compression: int, content: bytes | None = None) -> Path:
+    """The same archive, compressed or with another pickle."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", compression) as new:
         for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry))
+            is_replaced = content is not None and entry.filename.endswith("data.pkl")
+            new.writestr(entry.filename, content if is_replaced else old.read(entry))  # type: ignore[arg-type]
+    return path
 
 
 def broken_files(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, tuple[Path, str]]:
@@ -179,6 +185,69 @@ def broken_files(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, tupl
     truncated(folder / "truncated.safetensors", tensors)
     files["truncated safetensors"] = (folder / "truncated.safetensors", "not a complete safetensors file")
     return files
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (b"c__builtin__\nbytearray\n(I1500000000\ntR", "bytearray"),
+        (b"cbuiltins\nbytearray\n(I1500000000\ntR", "builtins.bytearray"),
+        (b"ctorch.storage\nUntypedStorage\n(I1500000000\ntR", "torch.storage.UntypedStorage"),
+        (b"ctorch\nFloatTensor\n(I1500000000\ntR", "torch.FloatTensor"),
+        (b"X\x08\x00\x00\x00builtinsX\x09\x00\x00\x00bytearray\x93(I1500000000\ntR", "STACK_GLOBAL"),
+    ],
+)  # fmt: skip
+def test_a_number_in_a_pickle_allocates_nothing(
+    call: bytes, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's restricted unpickler allows most of these calls."""
+    torch.save({"a": torch.zeros(1)}, tmp_path / "good.pth")
+    path = rewritten(tmp_path / "bad.pth", tmp_path / "good.pth", zipfile.ZIP_STORED, b"\x80\x02" + call + b".")
+    monkeypatch.setattr(torch, "load", None)  # nothing may be unpickled
+    with pytest.raises(ConversionError, match=rf"holds `{name}`, which is neither a tensor nor a plain container"):
+        read_state_dict(path)
+
+
+def test_values_that_a_training_saves_are_read(tmp_path: Path) -> None:
+    layer = nn.Linear(2, 2)
+    content = {
+        "model": layer.state_dict(), "optimizer": torch.optim.AdamW(layer.parameters()).state_dict(), "rng": {1, 2},
+        "parameter": layer.weight, "milestones": collections.Counter([7]), "half": torch.zeros(2).bfloat16(),
+        "others": (torch.float32, torch.Size([1]), torch.device("cpu"), None, 0.5, "text"),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "model.pth")
+    assert torch.equal(read_state_dict(tmp_path / "model.pth")["weight"], layer.weight)
+
+
+@pytest.mark.parametrize("entry", ["ema_state", "state_dict_ema"])
+def test_averaged_weights_are_preferred(entry: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """As in a training of Focoos, whose averages are of all parameters and buffers; others leave out buffers."""
+    averages = {key: value / 2 if value.is_floating_point() else value for key, value in state.items()}
+    if entry == "state_dict_ema":
+        averages = {key: value for key, value in averages.items() if "running_" not in key}
+    (tmp_path / "in").mkdir()
+    file, info = tmp_path / "in" / "model_best.pth", info_file(tmp_path / "in")
+    torch.save({"model": state, entry: {**averages, "unsaved_buffer": torch.zeros(1)}}, file)
+    described = convert(file, tmp_path / "out", str(info))
+    assert [note for note in described.notes if f"the averaged weights in the entry '{entry}' are converted" in note]
+    again = focoos_state_dict(FaiM2FForUniversalSegmentation.from_pretrained(tmp_path / "out"))
+    for key, value in state.items():
+        if value.is_floating_point() and key != "head.criterion.empty_weight":
+            is_raw = "running_" in key and entry == "state_dict_ema"
+            assert torch.equal(again[key], value if is_raw else value / 2), key
+    # An entry that is empty or not of this model decides nothing, or is refused.
+    torch.save({"model": state, entry: {}}, file)
+    assert convert(file, tmp_path / "raw", str(info)).notes == []
+    torch.save({"model": state, entry: {"updates": 3}}, file)
+    with pytest.raises(ConversionError, match=f"the averaged weights in the entry '{entry}' lack '"):
+        convert(file, tmp_path / "no", str(info))
+
+
+@pytest.mark.parametrize(("entry", "prefix"), [("model", "module."), ("state_dict", "model."), ("model", "_orig_mod.")])
+def test_wrapped_models(entry: str, prefix: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save({entry: {prefix + key: value for key, value in state.items()}, "epoch": 3}, tmp_path / "model.pth")
+    found = read_state_dict(tmp_path / "model.pth")
+    assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
 
 
 @pytest.mark.newest_only

@@ -342,6 +342,9 @@ def test_forms_of_a_checkpoint(swin: tuple[Any, dict[str, np.ndarray]], tmp_path
         {"model": tensors, "optimizer": {"state": {0: torch.zeros(2)}}, "iteration": 3}, tmp_path / "trained.pth"
     )
     sources.append(tmp_path / "trained.pth")
+    averaged = {"model": {name: 0 * array for name, array in arrays.items()}, "ema_state": arrays}
+    (tmp_path / "averaged.pkl").write_bytes(pickle.dumps(averaged))
+    sources.append(tmp_path / "averaged.pkl")
     expected: dict[str, torch.Tensor] | None = None
     for source in sources:
         out = tmp_path / "out" / source.name
