@@ -2,14 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import logging
 
 from hf_faim2f.errors import ConversionError
 from hf_faim2f.family.mask2former import STAGES
@@ -34,6 +32,7 @@ from .weights import (
     check_keys,
     check_weight,
     drop_unused_levels,
+    quiet,
     read_state_dict,
     take_weights,
     write_model_folder,
@@ -141,7 +140,7 @@ def build_model(config: FaiM2FConfig, state: dict[str, torch.Tensor], where: str
     Raises:
         ConversionError: the keys of the installed transformers differ from those known to this converter.
     """
-    with _quiet():
+    with quiet():
         model, info = FaiM2FForUniversalSegmentation.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True
         )
@@ -153,17 +152,6 @@ def build_model(config: FaiM2FConfig, state: dict[str, torch.Tensor], where: str
             "report it."
         )
     return model.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers' warnings about buffers that are not in the checkpoint."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from hf_faim2f.model.image_settings_faim2f import BILINEAR, MAX_RESIZED_PIXELS
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.version import __version__
 
-from .mask2former import DERIVED, PROCESSOR_SETTINGS, SAME, STRIDES, TIED, measure_difference, to_their_names
-from .weights import ConvertedModel
+from .mask2former import DERIVED, PROCESSOR_SETTINGS, SAME, STRIDES, TIED, to_their_names
+from .weights import ConvertedModel, measure_difference
 
 # Settings for which transformers' class supports only one value, and the reasons.
 REQUIRED = {
@@ -150,7 +150,7 @@ def their_processor(processor: FaiM2FImageProcessor) -> tuple[dict[str, Any], li
     settings["image_processor_type"] = "Mask2FormerImageProcessor"
     settings["resample"] = BILINEAR
     settings["do_reduce_labels"] = processor.do_reduce_labels
-    for name in ("ignore_index", "num_labels", "pad_size"):
+    for name in ("ignore_index", "num_labels"):
         if getattr(processor, name) is not None:
             settings[name] = getattr(processor, name)
     if "shortest_edge" in processor.size:
@@ -161,6 +161,11 @@ def their_processor(processor: FaiM2FImageProcessor) -> tuple[dict[str, Any], li
                 "transformers truncates the sides of a resized image where this package rounds them, so that images "
                 "of some sizes become one pixel smaller (set size_divisor to 32 to have the same in both)"
             )
+    if processor.pad_size is not None:
+        notes.append(
+            f"pad_size = {processor.pad_size} is not written: transformers' post-processing would stretch the padding "
+            "over the image, and this package leaves it out"
+        )
     if processor.intermediate_size != INTERMEDIATE_SIZE:
         notes.append(
             f"intermediate_size = {processor.intermediate_size} is not written: transformers' post-processing always "

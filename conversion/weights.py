@@ -6,7 +6,8 @@ Checkpoints are untrusted: nothing runs code from them, or allocates more memory
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import Mask2FormerForUniversalSegmentation
+from transformers.utils import logging
 
 from hf_faim2f.errors import ConversionError, first_line
 from hf_faim2f.files import new_folder
@@ -21,6 +24,11 @@ from hf_faim2f.hub.card import Provenance, model_card
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 
+# Maximum accepted difference between the two models' logits, due to rounding, as a fraction of the largest logit.
+LARGEST_ERROR = 1e-4
+# Number of images to try. If rounding decides whether a query attends to a pixel, even the same model differs by more
+# from run to run.
+TRIES = 3
 LOGITS = ("class_queries_logits", "masks_queries_logits")
 # Number of feature levels to which the transformer decoder's layers attend in turn.
 NUM_LEVELS = 3
@@ -110,11 +118,41 @@ def drop_unused_levels(weights: dict[str, torch.Tensor], decoder_layers: int) ->
     return kept
 
 
-def largest_difference(ours: Any, theirs: Any) -> float:
+def _largest_difference(ours: Any, theirs: Any) -> float:
     """The largest difference between two models' logits, as a fraction of the largest logit of the second."""
     return max(
         float((ours[key] - theirs[key]).abs().max() / theirs[key].abs().max().clamp(min=1e-12)) for key in LOGITS
     )
+
+
+@torch.no_grad()
+def measure_difference(ours: FaiM2FForUniversalSegmentation, theirs: Mask2FormerForUniversalSegmentation) -> float:
+    """The largest difference between the two models' logits on an image, as a fraction of the largest logit.
+
+    Raises:
+        ConversionError: on all of several images, the difference is larger than rounding explains.
+    """
+    differences = []
+    for seed in range(TRIES):
+        image = torch.randn(1, 3, 128, 160, generator=torch.Generator().manual_seed(seed))
+        differences.append(_largest_difference(ours(image), theirs(image)))
+        if differences[-1] <= LARGEST_ERROR:
+            return differences[-1]
+    raise ConversionError(
+        f"the converted model differs from transformers' by {min(differences):.1e} of the largest value, more than "
+        "rounding: please report it with the model's config.json."
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' own report on missing and mismatched weights."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def write_model_folder(
@@ -123,6 +161,9 @@ def write_model_folder(
     model: FaiM2FForUniversalSegmentation,
     processor: FaiM2FImageProcessor,
     provenance: Provenance,
+    *,
+    license: str | None = None,
+    before: str = "",
 ) -> None:
     """Writes a complete Hub repository to `out_dir` atomically: weights, configurations, code and model card.
 
@@ -130,14 +171,23 @@ def write_model_folder(
         out_dir: a folder that does not exist yet.
         name: the model's name on its card.
         provenance: the origin of the weights, for the card.
+        license: the Hub's id of the license of the weights, if it is known.
+        before: the card of the source, whose metadata and hand-written sections are kept.
 
     Raises:
+        ConversionError: the metadata of `before` is invalid.
         OSError: the folder cannot be written.
     """
+    try:
+        card = model_card(name, model.config, provenance, license=license, before=before)
+    except ValueError as error:
+        raise ConversionError(
+            f"the model card of the source cannot be kept: {first_line(error, kind=False)}."
+        ) from error
     with new_folder(out_dir) as staging:
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
-        (staging / "README.md").write_text(model_card(name, model.config, provenance), encoding="utf-8")
+        (staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def read_state_dict(path: Path, notes: list[str] | None = None) -> dict[str, torch.Tensor]:
@@ -309,7 +359,8 @@ __all__ = [
     "check_keys",
     "check_weight",
     "drop_unused_levels",
-    "largest_difference",
+    "measure_difference",
+    "quiet",
     "read_state_dict",
     "take_weights",
     "write_model_folder",

@@ -37,6 +37,7 @@ from .files import sha256_of, write_whole
 MODEL_FILES = (
     "config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "README.md",
     "model*.safetensors",
     "model.safetensors.index.json",

@@ -1,6 +1,7 @@
 """Conversion of transformers' Mask2Former, compared with transformers' implementation, with weights that all have an
 effect."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hf_faim2f.conversion.mask2former import convert, convert_config, convert_processor, convert_state_dict, subtask_of
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -213,9 +216,43 @@ class TestCommand:
         assert "lack 1 keys, the first 'class_predictor.bias'" in self.mistake(
             capsys, source, out, "--subtask", "instance"
         )
+        config = json.loads((source / "config.json").read_text())
+        save_file(weights, source / "model.safetensors", {"format": "pt"})
+        for changes, told in (
+            ({"num_queries": 9}, "2 have another shape, the first 'model.transformer_module.queries_embedder.weight'"),
+            ({"num_attention_heads": 5}, f"the model {source} cannot be loaded ("),
+        ):
+            (source / "config.json").write_text(json.dumps({**config, **changes}))
+            reason = self.mistake(capsys, source, out, "--subtask", "instance")
+            assert told in reason and "only safetensors" not in reason
+        (source / "config.json").write_text(json.dumps(config))
+        (source / "README.md").write_text("---\nlicense: [\n---\n")
+        assert "model card of the source cannot be kept" in self.mistake(capsys, source, out, "--subtask", "instance")
+        (source / "README.md").unlink()
         (source / "model.safetensors").rename(source / "pytorch_model.bin")
         assert "only safetensors are read" in self.mistake(capsys, source, out, "--subtask", "instance")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model", "other"]
+
+
+def test_without_the_auxiliary_loss(tmp_path: Path) -> None:
+    """transformers' own class does not predict with this setting."""
+    source = saved(tmp_path / "model", tiny(use_auxiliary_loss=False))
+    assert convert(str(source), tmp_path / "out", "instance").error <= RELATIVE_ERROR
+    assert FaiM2FConfig.from_pretrained(tmp_path / "out").use_auxiliary_loss is False
+
+
+def test_the_card_of_the_source_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved(tmp_path / "model", tiny())
+    (source / "README.md").write_text(
+        "---\nlicense: apache-2.0\nbase_model: facebook/mask2former-swin-tiny-coco-panoptic\ndatasets:\n- me/flowers\n"
+        "---\n# Mine\n\nOf my garden.\n\n## Thanks\n\nTo all.\n"
+    )
+    monkeypatch.setattr("hf_faim2f.conversion.mask2former.download_model", lambda name: source)
+    assert convert("me/my-panoptic", tmp_path / "out").name == "my-panoptic"
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert card.data.license == "apache-2.0" and card.data.datasets == ["me/flowers"] and "faim2f" in card.data.tags
+    assert card.data.base_model == "facebook/mask2former-swin-tiny-coco-panoptic"
+    assert "Of my garden." in card.text and "To all." in card.text and "`me/my-panoptic` of transformers" in card.text
 
 
 def test_weights_that_the_model_does_not_use_are_said(tmp_path: Path) -> None:
@@ -275,6 +312,8 @@ def test_processors() -> None:
     assert processor.size_divisor == 32  # transformers' default
     assert convert_processor({"size": 512, "size_divisor": 0}, config)[0].size_divisor == 0
     assert convert_processor({"max_size": 999}, config)[0].size == {"shortest_edge": 800, "longest_edge": 999}
+    processor, notes = convert_processor({"size": 512, "pad_size": {"height": 640, "width": 640}}, config)
+    assert processor.pad_size is None and len(notes) == 1 and "pad_size = {'height': 640" in notes[0]
     with pytest.raises(ConversionError, match=r"preprocessor_config.json cannot be converted \(image_std"):
         convert_processor({"image_std": 0}, config)
 
@@ -287,6 +326,8 @@ def test_processors() -> None:
         {"do_normalize": False},
         {"rescale_factor": 1 / 127.5},
         {"do_rescale": False},
+        {"do_rescale": None},
+        {"do_normalize": None},
         {"do_resize": False},
     ],
     ids=lambda overrides: ", ".join(overrides) or "defaults",
@@ -294,8 +335,9 @@ def test_processors() -> None:
 def test_images_and_maps_are_prepared_as_before(overrides: dict[str, Any]) -> None:
     """All settings of the original image processor are kept: the same pixels, and the same segments to train on."""
     size = {"shortest_edge": 64, "longest_edge": 128}
-    theirs = Mask2FormerImageProcessor(**{"size": size, "ignore_index": 2, "size_divisor": 32, **overrides})
-    ours, _ = convert_processor(theirs.to_dict(), convert_config(tiny().config, "semantic"))
+    settings = {"size": size, "ignore_index": 2, "size_divisor": 32, **overrides}
+    theirs = Mask2FormerImageProcessor(**settings)
+    ours, _ = convert_processor(settings, convert_config(tiny().config, "semantic"))
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (72, 100, 3), dtype=np.uint8)
     labels = generator.integers(0, 4, (9, 10), dtype=np.uint8).repeat(8, 0).repeat(10, 1)
@@ -320,6 +362,26 @@ def test_a_folder_without_image_processor_gets_transformers_own(
     ours = FaiM2FImageProcessor.from_pretrained(tmp_path / "out")(image, return_tensors="pt")["pixel_values"]
     theirs = Mask2FormerImageProcessor()(image, return_tensors="pt")["pixel_values"]
     assert ours.shape == theirs.shape == (1, 3, 800, 1120)
+
+
+@pytest.mark.parametrize("has_both", [True, False])
+def test_the_settings_of_a_processor_are_preferred(has_both: bool, tmp_path: Path) -> None:
+    """As in transformers 5; 4.57 reads the other file first."""
+    source = saved(tmp_path / "model", tiny())
+    settings = json.loads((source / "preprocessor_config.json").read_text())
+    if not has_both:
+        (source / "preprocessor_config.json").unlink()
+    nested = {"processor_class": "X", "image_processor": {**settings, "size": {"height": 32, "width": 64}}}
+    (source / "processor_config.json").write_text(json.dumps(nested))
+    convert(str(source), tmp_path / "out", "instance")
+    ours = FaiM2FImageProcessor.from_pretrained(tmp_path / "out")
+    assert ours.size == {"height": 32, "width": 64}
+    if not has_both or not transformers.__version__.startswith("4."):
+        theirs = AutoImageProcessor.from_pretrained(source)
+        assert dict(theirs.size) == ours.size
+    (source / "processor_config.json").write_text('{"image_processor": 3}')
+    with pytest.raises(ConversionError, match="processor_config.json cannot be read"):
+        convert(str(source), tmp_path / "no", "instance")
 
 
 def test_a_name_that_states_two_tasks_states_none() -> None:

@@ -264,6 +264,16 @@ def test_projections_that_older_releases_lose(overrides: dict[str, Any], tmp_pat
         assert len(described.notes) == 1 and "only transformers 5.21 or later" in described.notes[0]
 
 
+def test_padding_to_a_size_is_not_written(tmp_path: Path) -> None:
+    """transformers would stretch the mask of the padded image over the whole image."""
+    ours = FaiM2FImageProcessor(**FIXED, pad_size={"height": 128, "width": 128})
+    settings, notes = their_processor(ours)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)
+    assert len(notes) == 1 and "pad_size = {'height': 128, 'width': 128} is not written" in notes[0]
+    assert theirs([picture()], return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 96)
+
+
 def test_notes(tmp_path: Path) -> None:
     model = ours_of(tiny())
     model.config.backbone_freeze_norm, model.config.threshold = True, 0.3
@@ -287,9 +297,9 @@ def test_notes(tmp_path: Path) -> None:
             "image_std": 0.25,
         },
         {"size": {"shortest_edge": 64}, "size_divisor": 0, "ignore_index": 0},
-        {"do_resize": False, "do_rescale": False, "ignore_index": 9, "pad_size": {"height": 96, "width": 160}},
+        {"do_resize": False, "do_rescale": False, "ignore_index": 9},
     ],
-    ids=["fixed", "edges", "uncapped", "padded"],
+    ids=["fixed", "edges", "uncapped", "as they are"],
 )
 def test_processors_prepare_the_same_images(settings: dict[str, Any], tmp_path: Path) -> None:
     ours = FaiM2FImageProcessor(**settings)
