@@ -28,7 +28,7 @@ from .model.image_processing_faim2f import FaiM2FImageProcessor
 from .model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .model_cache import Source, cached_model, converted_model
 
-SETTINGS_FILES = ("config.json", "preprocessor_config.json")
+SETTINGS_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 HUB_ID = re.compile(r"(?!\.{1,2}/)[\w.-]+/[\w.-]+")
 CHECKPOINTS = (".pth", ".pt", ".pkl", ".safetensors")
 MASK2FORMER_TYPE = "mask2former"  # transformers' model type
@@ -60,7 +60,7 @@ def resolve(
         weights_url: for a published name, where to download from instead: the URL of the checkpoint file, or of a
             mirror with the same paths as the origin. None for the environment variable FAIM2F_WEIGHTS_URL.
         files: names of the files to download for a Hub id of a model of this package, with wildcards.
-        revision: for such a Hub id, a branch, tag or commit.
+        revision: for a Hub id, a branch, tag or commit.
 
     Raises:
         ModelError: there is no such model, or it cannot be downloaded or converted. (Or `error`, if given.)
@@ -79,11 +79,11 @@ def resolve(
             return converted_model(published)
         if not _is_hub_id(text):
             raise ModelError(_unknown(text))
-        hub = _hub_source(text)
+        hub = _hub_source(text, revision)
         converted = cached_model(hub.name, hub.url)
         if converted is not None:
             return converted
-        kind = model_type(text)
+        kind = model_type(text, revision=revision)
         if kind == FaiM2FConfig.model_type:
             return try_loading(text, "files", lambda: download_model(text, revision, files))
         if kind == MASK2FORMER_TYPE:
@@ -155,9 +155,9 @@ def published_source(name: str, weights_url: str | None = None) -> Source | None
     return Source(model.short, model.short.replace("/", "-"), url, ZOO_LICENSE, from_zoo, md5=model.md5)
 
 
-def _hub_source(name: str) -> Source:
+def _hub_source(name: str, revision: str | None = None) -> Source:
     """The source of transformers' Mask2Former with this Hub id, which need not exist."""
-    url = f"{constants.ENDPOINT}/{name}"
+    url = f"{constants.ENDPOINT}/{name}" + (f"/tree/{revision}" if revision else "")
     title = name.split("/")[-1]
 
     def fetch() -> tuple[Path, str]:
@@ -168,14 +168,14 @@ def _hub_source(name: str) -> Source:
                 f"{name} does not say what it was trained for: convert it with `faim2f convert mask2former {name} "
                 "OUT_DIR --subtask TASK`."
             )
-        folder = try_loading(name, "files", lambda: download_model(name))
+        folder = try_loading(name, "files", lambda: download_model(name, revision))
         digests = "".join(f"{path.name} {sha256_of(path)}\n" for path in sorted(folder.iterdir()) if path.is_file())
         return folder, sha256_of(digests.encode())
 
     def from_transformers(folder: Path, out_dir: Path) -> list[str]:
         from hf_faim2f.conversion.mask2former import convert
 
-        return convert(str(folder), out_dir, name=title).notes
+        return convert(str(folder), out_dir, name=name).notes
 
     return Source(name, title, url, f"see {url}", from_transformers, fetch)
 
@@ -278,7 +278,7 @@ def _open(
     return model.eval(), processor, mismatched
 
 
-def model_type(name: str | Path, error: type[ValueError] = ModelError) -> str | None:
+def model_type(name: str | Path, error: type[ValueError] = ModelError, revision: str | None = None) -> str | None:
     """The `model_type` of a model in a folder or on the Hub; that of this package for a published name.
 
     Raises:
@@ -288,9 +288,10 @@ def model_type(name: str | Path, error: type[ValueError] = ModelError) -> str | 
         return FaiM2FConfig.model_type
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise error(f"{name} is not a model folder: it has no config.json.")
-    values: Any = try_loading(name, "configuration", lambda: FaiM2FConfig.get_config_dict(str(name))[0], error)
-    kind: str | None = values.get("model_type") if isinstance(values, dict) else None  # any JSON
-    return kind
+    values: Any = try_loading(
+        name, "configuration", lambda: FaiM2FConfig.get_config_dict(str(name), revision=revision)[0], error
+    )
+    return values.get("model_type") if isinstance(values, dict) else None  # any JSON
 
 
 def check_type(name: str | Path, error: type[ValueError] = ModelError) -> None:

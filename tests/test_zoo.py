@@ -20,7 +20,7 @@ import torch
 from hf_faim2f.conversion.mask2former import convert
 from PIL import Image
 
-from hf_faim2f import FaiM2FForUniversalSegmentation, Predictor, download, model_cache
+from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, Predictor, download, model_cache
 from hf_faim2f.cli import main
 from hf_faim2f.download import size_in_words
 from hf_faim2f.errors import ModelError, PredictorError
@@ -178,6 +178,24 @@ def test_a_folder_with_any_name(
     small_model().save_pretrained(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert resolve(name) == Path(name) == own_folder(name) and model_type(name) == "faim2f" and not mirror.asked
+
+
+def test_a_revision_of_transformers_model_is_its_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(name: str, revision: str | None = None) -> Path:
+        asked.append((name, revision))
+        return saved(cache.parent / str(revision), tiny(num_labels=3 if revision is None else 4))
+
+    monkeypatch.setattr("hf_faim2f.zoo.download_model", download)
+    monkeypatch.setattr("hf_faim2f.zoo.model_type", lambda name, revision: "mask2former")
+    name = "me/my-instance-model"
+    for _ in range(2):  # the second time from the cache
+        for revision, labels in ((None, 3), ("v2", 4)):
+            folder = resolve(name, revision=revision)
+            assert FaiM2FConfig.from_pretrained(folder).num_labels == labels
+    assert asked == [(name, None), (name, "v2")]
+    assert f"`{name}` of transformers" in (folder / "README.md").read_text()
 
 
 def test_all_published_names_and_their_urls() -> None:
