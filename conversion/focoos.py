@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from hf_faim2f.errors import ConversionError
+from hf_faim2f.family import FAMILY, load_config
 from hf_faim2f.files import check_new_folder, sha256_of
 from hf_faim2f.hub.card import Provenance
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
@@ -16,13 +17,15 @@ from .focoos_config import read_info, translate_configuration
 from .weights import ConvertedModel, check_keys, check_weight, read_state_dict, write_model_folder
 
 
-def convert(checkpoint: Path, out_dir: Path, info: str) -> ConvertedModel:
+def convert(checkpoint: Path, out_dir: Path, info: str, published: bool = False) -> ConvertedModel:
     """Converts a Focoos checkpoint and writes a complete Hub repository to `out_dir` atomically.
 
     Args:
         checkpoint: `.pth` or `.safetensors`; untrusted.
         out_dir: a folder that does not exist yet.
         info: the name of a published model, or the path of a `model_info.json`.
+        published: the checkpoint was downloaded as that of the published model `info`, and so has its figures on the
+            model card. Any other file may be of that architecture, but its weights are not known.
 
     Raises:
         ConversionError: the checkpoint cannot be converted; nothing is left behind.
@@ -31,9 +34,18 @@ def convert(checkpoint: Path, out_dir: Path, info: str) -> ConvertedModel:
     described = read_info(info)
     state = read_state_dict(checkpoint, described.notes)
     model = build_model(described.config, convert_state_dict(state, described.config, str(checkpoint)))
-    provenance = Provenance(checkpoint.name, sha256_of(checkpoint), described.started_from)
-    write_model_folder(out_dir, described.name, model, described.processor, provenance)
-    return ConvertedModel(described.name, described.notes)
+    name, digest = described.name, sha256_of(checkpoint)
+    published = published or (name in FAMILY and digest == FAMILY[name].sha256)
+    is_member = name in FAMILY and described.config.to_dict() == load_config(name).to_dict()
+    provenance = Provenance(
+        checkpoint.name,
+        digest,
+        described.started_from,
+        model=name if is_member and not published else None,
+        published=published or None,
+    )
+    write_model_folder(out_dir, name, model, described.processor, provenance)
+    return ConvertedModel(name, described.notes)
 
 
 def build_model(config: FaiM2FConfig, state: dict[str, torch.Tensor]) -> FaiM2FForUniversalSegmentation:

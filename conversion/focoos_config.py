@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
+from hf_faim2f.download import bare_url
 from hf_faim2f.errors import ConversionError, nearest_name
 from hf_faim2f.family import FAMILY, find_preset, load_config, load_labels
 from hf_faim2f.family.presets import RESNET_BLOCKS, label_keywords
@@ -115,6 +116,13 @@ def _check_numbers(values: dict[str, Any], where: str) -> None:
             )
 
 
+def _without_path(value: Any) -> Any:
+    """A value for the model card: a URL without secrets, and only the file's name of a path on somebody's machine."""
+    if isinstance(value, str) and not value.startswith(("http://", "https://")):
+        return value.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return bare_url(value) if isinstance(value, str) else bool(value)
+
+
 def _backbone(values: Any, where: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Converts Focoos's `backbone_config`: returns ours, implied `FaiM2FConfig` keywords, and initialization values."""
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
@@ -124,7 +132,7 @@ def _backbone(values: Any, where: str) -> tuple[dict[str, Any], dict[str, Any], 
     where = f"{where}, 'backbone_config' ({kind}),"
     _check_numbers(values, where)
     started_from = {name: values.pop(name) for name in INITIALIZATION if name in values}
-    started_from = {name: value for name, value in started_from.items() if value}
+    started_from = {name: _without_path(value) for name, value in started_from.items() if value}
     if kind == "stdc":
         _check_known(values, {*STDC_PARAMETERS, "out_features"}, where)
         if values.pop("out_features", LEVELS) != LEVELS:

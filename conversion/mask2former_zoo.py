@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hf_faim2f.errors import ConversionError
-from hf_faim2f.family.mask2former import STAGES
+from hf_faim2f.family.mask2former import STAGES, ZOO_LICENSE_ID, zoo_model_of
 from hf_faim2f.files import check_new_folder, md5_of, sha256_of
 from hf_faim2f.hub.card import Provenance
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
@@ -65,7 +65,8 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
     check_new_folder(out_dir, ConversionError)
     if not source.is_file():
         raise ConversionError(f"{source} does not exist; name a checkpoint of Mask2Former (.pkl or .pth).")
-    described = choose_description(source, md5_of(source), config, subtask)
+    md5 = md5_of(source)
+    described = choose_description(source, md5, config, subtask)
     state = read_weights(source, described.notes)
     # Checked before anything is built, so that no configuration can require more memory than the file's weights.
     check_architecture(architecture_of(state, source), described, source)
@@ -74,8 +75,12 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
     converted = convert_state_dict(state, ours, str(source))
     del state
     model = build_model(ours, converted, str(source))
-    provenance = Provenance(source.name, sha256_of(source), library="Mask2Former", model=described.name)
-    write_model_folder(out_dir, out_dir.name, model, processor, provenance)
+    published = zoo_model_of(md5) is not None
+    provenance = Provenance(
+        source.name, sha256_of(source), library="Mask2Former", model=described.name, published=published or None
+    )
+    license = ZOO_LICENSE_ID if published else None
+    write_model_folder(out_dir, out_dir.name, model, processor, provenance, license=license)
     return ConvertedModel(described.name, described.notes)
 
 

@@ -135,7 +135,7 @@ def published_source(name: str, weights_url: str | None = None) -> Source | None
         def from_focoos(file: Path, out_dir: Path) -> list[str]:
             from hf_faim2f.conversion.focoos import convert
 
-            return convert(file, out_dir, preset.name).notes
+            return convert(file, out_dir, preset.name, published=True).notes
 
         url = _mirrored(preset.weights_url, mirror)
         return Source(preset.name, preset.name, url, WEIGHTS_LICENSE, from_focoos, sha256=preset.sha256)

@@ -104,7 +104,7 @@ TRAINING_SETS = {
 
 # Where the zoo's checkpoints are, and the license that its MODEL_ZOO.md states for all of them.
 ZOO_URL = "https://dl.fbaipublicfiles.com/maskformer/mask2former"
-ZOO_LICENSE = "CC BY-NC 4.0"
+ZOO_LICENSE, ZOO_LICENSE_ID = "CC BY-NC 4.0", "cc-by-nc-4.0"
 SHORT = "mask2former"  # first part of the short names
 
 

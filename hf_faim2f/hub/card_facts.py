@@ -92,9 +92,12 @@ class Provenance:
         sha256: the hexadecimal digest of that file.
         started_from: what the backbone was initialized with before training, from the source's configuration.
         library: the format of the checkpoint: "Focoos", "transformers", or "Mask2Former" (the original repository).
-        model: the model's name in the source, if it differs.
+        model: the model's name in the source, if it differs; for weights that Focoos did not publish, the name of the
+            published model with the same configuration.
         error: the largest difference from the source's logits, relative to the largest logit; None if not measured.
         converter: the converting program and its version.
+        published: True if the file is one that the model's authors published, by its digest or its download, so that
+            their figures are those of these weights; else None.
     """
 
     file: str
@@ -104,6 +107,7 @@ class Provenance:
     model: str | None = None
     error: float | None = None
     converter: str = f"hf_faim2f {__version__}"
+    published: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,8 @@ def read_provenance(card: str) -> Provenance | None:
     words = [found.get(key, "") for key in ("file", "sha256", "library", "model", "converter")]
     error = found.get("error", 0.0)
     if not all(isinstance(word, str) for word in words) or not isinstance(error, (int, float)):
+        return None
+    if found.get("published", True) is not True:
         return None
     started_from = found.get("started_from", {})
     return Provenance(**{**found, "started_from": started_from if isinstance(started_from, dict) else {}})
@@ -183,9 +189,9 @@ def includes_training(card: str, data: str, split: str, may_be_file: bool = Fals
 
 
 def family_member(name: str, config: FaiM2FConfig, provenance: Provenance | None) -> Preset | None:
-    """The family member that matches a model's name, labels and source; None if there is none."""
+    """The family member whose published weights these are, by the model's name, labels and source; None if none."""
     preset = FAMILY.get(ALIASES.get(name, name))
-    if preset is None or provenance is None or provenance.library != "Focoos":
+    if preset is None or provenance is None or provenance.library != "Focoos" or not provenance.published:
         return None
     labels = [config.id2label[index] for index in sorted(config.id2label)]
     return preset if labels == preset.labels else None
@@ -205,7 +211,7 @@ def set_license(data: Any, license: str | None, provenance: Provenance | None) -
             data.license_name = data.license_link = None
     elif data.license is None and provenance is not None:
         data.license = "other"
-        if provenance.library == "Focoos":
+        if provenance.library == "Focoos" and provenance.published:
             data.license_name, data.license_link = FOCOOS_LICENSE, FOCOOS_URL
         else:
             data.license_name = SOURCE_LICENSE

@@ -373,7 +373,9 @@ def test_metrics_are_the_cards_or_the_familys(model_folder: Path, tmp_path: Path
         assert known_metric(str(folder), task, len(preset.labels)) is None
         (folder / "README.md").write_text(model_card(name, load_config(name)))
         assert known_metric(str(folder), task, len(preset.labels)) is None
-        (folder / "README.md").write_text(model_card(name, load_config(name), Provenance("w", "0" * 64)))
+        (folder / "README.md").write_text(
+            model_card(name, load_config(name), Provenance("w", "0" * 64, published=True))
+        )
         metric = known_metric(str(folder), task, len(preset.labels))
         assert metric.value == preset.published[{"semantic": "mIoU", "instance": "segm/AP"}[task]]
         assert metric.dataset == preset.published["dataset"] and name in metric.source

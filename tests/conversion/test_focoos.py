@@ -1,6 +1,8 @@
 """Conversion of Focoos's files: valid ones give the same outputs, invalid ones give one sentence and no folder."""
 
 import collections
+import dataclasses
+import hashlib
 import json
 import pickle
 import sys
@@ -32,6 +34,7 @@ from hf_faim2f.errors import ConversionError
 from hf_faim2f.family import FAMILY, load_config
 from tests.reference import recipe
 from tests.support import forks
+from tests.support.published_models import TINY, add_tiny, tiny_file
 from tests.support.reference_models import (
     BISENET_VARIANT,
     MODELS,
@@ -544,6 +547,36 @@ def test_half_precision_and_frozen_norms_are_read(state: dict[str, torch.Tensor]
     frozen = {key: tensor for key, tensor in half.items() if not key.endswith("num_batches_tracked")}
     converted = convert_state_dict(frozen, config)
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in converted.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/alice/weights/stdc.pth", "stdc.pth"),
+        ("C:\\Users\\alice\\stdc.pth", "stdc.pth"),
+        ("https://alice:secret@example.org/stdc.pth?token=1", "https://example.org/stdc.pth"),
+        ("imagenet", "imagenet"),
+        (True, True),
+    ],
+)
+def test_no_path_of_the_training_is_published(value: Any, shown: Any) -> None:
+    info = {"config": {"num_classes": 2, "backbone_config": {"model_type": "stdc", "backbone_url": value}}}
+    assert translate_configuration(info).started_from == {"backbone_url": shown}
+
+
+@pytest.mark.parametrize("how", ["own", "downloaded", "digest"])
+def test_only_published_weights_have_the_published_figures(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = add_tiny(monkeypatch)
+    (tmp_path / "model_final.pth").write_bytes(tiny_file())
+    if how == "digest":
+        digest = hashlib.sha256(tiny_file()).hexdigest()
+        monkeypatch.setitem(FAMILY, TINY, dataclasses.replace(preset, sha256=digest))
+    convert(tmp_path / "model_final.pth", tmp_path / "out", TINY, published=how == "downloaded")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("published by Focoos at" in card) == ("license_name: focoos" in card) == (how != "own")
+    assert (f"The architecture is that of {TINY}" in card) == (how == "own")
 
 
 def test_every_parameter_of_focoos_reaches_its_place() -> None:

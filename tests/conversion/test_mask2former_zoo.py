@@ -489,6 +489,13 @@ class TestTheZoo:
         model = replace(zoo()["coco/panoptic/maskformer2_swin_tiny_bs16_50ep"],
                         md5=hashlib.md5(source.read_bytes()).hexdigest()[:6])  # fmt: skip
         monkeypatch.setattr(family, "zoo", lambda: {model.name: model})
+        # Its license is that of the zoo, and not that of a file that has only its architecture.
+        yaml = configs(tmp_path / "configs", OF_SWIN)
+        for name in ("model.pkl", "other.pkl"):
+            path = pickled(tmp_path / name, swin[1], 4 if name == "model.pkl" else 3)
+            assert run(path, tmp_path / name[:-4], "--config", yaml) == 0
+            card = (tmp_path / name[:-4] / "README.md").read_text()
+            assert ("license: cc-by-nc-4.0\n" in card) == (name == "model.pkl") != ("as-the-source" in card)
         sentence = told(capsys, source, tmp_path / "out")
         assert "by its weights the backbone's embed_dim is 16, there it is 96" in sentence
         sentence = told(capsys, source, tmp_path / "out", "--config", model.name, "--subtask", "instance")

@@ -24,7 +24,7 @@ from tests.support.hub_server_rules import metadata_errors
 from tests.support.reference_models import small_config, small_model
 
 SHA = "0123456789abcdef" * 4
-SOURCE = Provenance("model_final.pth", SHA, {"pretrained": "imagenet"})
+SOURCE = Provenance("model_final.pth", SHA, {"pretrained": "imagenet"}, published=True)
 PUBLISHED_FILE = Path(__file__).parents[2] / "hf_faim2f" / "family" / "data" / "published.json"
 HEADINGS = [
     "How to load it", "Architecture", "Intended use and limits", "Training", "Results", "Speed", "Provenance",
@@ -174,11 +174,13 @@ def test_earlier_marks_and_headings_are_recognized() -> None:
 
 
 def test_a_fine_tuned_model_does_not_borrow_figures() -> None:
-    """The name alone is not enough: source and classes must match the family member's, too."""
+    """The name alone is not enough: source and classes must match the family member's, too, and the file must be the
+    published one."""
     name = "fai-mf-m-ade"
     for config, source in (
         (load_config(name), None),
         (load_config(name, num_labels=3), SOURCE),
+        (load_config(name), Provenance("model_final.pth", SHA, model=name)),
         (load_config(name), Provenance("w", SHA, library="transformers", model=name, error=1e-6)),
     ):
         card = model_card(name, config, source)
@@ -380,6 +382,18 @@ def test_only_generated_snippets_are_edited_and_line_endings_stay() -> None:
         moved = load_from(text, "me/tiny")
         assert moved == text.replace('repository = "tiny"', 'repository = "me/tiny"') != text
         assert moved.count('repository = "mine"') == 1
+
+
+def test_weights_of_a_stranger_are_not_the_published_ones() -> None:
+    name = "fai-mf-m-ade"
+    own = model_card(name, load_config(name), Provenance("model_final.pth", SHA, model=name))
+    assert "converted from a checkpoint trained with Focoos's library to Hugging Face transformers" in own
+    assert f"The architecture is that of {name}: Mask2Former with" in own and "trained by the authors" in own
+    assert "public.focoos.ai" not in own and ModelCard(own).data.license_name == "as-the-source"
+    for published, told in ((True, "a checkpoint of the original repository"), (None, "trained with the code of the")):
+        source = Provenance("model.pkl", SHA, library="Mask2Former", model="leaf", published=published)
+        card = model_card("tiny", small_config(), source)
+        assert told in card and read_provenance(card) == source
 
 
 def test_mask2former_s_card_cites_its_own() -> None:
