@@ -45,7 +45,12 @@ POST_PROCESSING = {
 }
 # The Hub's placeholder for missing text. `faim2f push` rejects cards that contain it.
 HOLE = "[More Information Needed]"
-REPOSITORY = re.compile(r'^repository = "(?:[^"\\]|\\.)*"(?=\r?$)', re.MULTILINE)
+QUOTED = r'"(?:[^"\\]|\\.)*"'
+REPOSITORY = re.compile(
+    r"^(?:from huggingface_hub import snapshot_download\s+)?"
+    rf"repository = (?:{QUOTED}|snapshot_download\({QUOTED}, revision={QUOTED}\))(?=\r?$)",
+    re.MULTILINE,
+)
 
 
 def model_card(
@@ -143,9 +148,21 @@ def _snippets(config: FaiM2FConfig) -> dict[str, Any]:
     }
 
 
-def load_from(card: str, repository: str) -> str:
-    """Makes the snippets in the card's generated sections load this folder or Hub id."""
+def load_from(card: str, repository: str, revision: str | None = None) -> str:
+    """Makes the snippets in the card's generated sections load this folder or Hub id.
+
+    Args:
+        card: the card.
+        repository: a folder or Hub id.
+        revision: a branch of that Hub id; None for its main branch.
+    """
     line = f"repository = {json.dumps(repository)}"
+    if revision is not None:
+        end = "\r\n" if "\r\n" in card else "\n"
+        line = (
+            f"from huggingface_hub import snapshot_download{end}{end}"
+            f"repository = snapshot_download({json.dumps(repository)}, revision={json.dumps(revision)})"
+        )
     return edit_generated(card, lambda _, text: REPOSITORY.sub(lambda _: line, text))
 
 

@@ -124,7 +124,8 @@ def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str
 def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = MAIN, *, private: bool = False) -> Plan:
     """Compares a folder with a repository, without writing to it.
 
-    The generated snippets of the published card load `repository`, regardless of what they load in the folder.
+    The generated snippets of the published card load `repository` (and `revision`, unless it is the main branch),
+    regardless of what they load in the folder.
 
     Args:
         api: the Hub's client.
@@ -150,7 +151,8 @@ def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = M
     for file in contents.files:
         content: Path | bytes = file.path
         if file.name == CARD:
-            content = load_from(file.path.read_bytes().decode("utf-8-sig"), repository).encode("utf-8")
+            text = file.path.read_bytes().decode("utf-8-sig")
+            content = load_from(text, repository, revision if revision != MAIN else None).encode("utf-8")
         size = len(content) if isinstance(content, bytes) else file.size
         there = remote.get(file.name)
         state = "new" if there is None else "same" if _is_same(content, size, there) else "changed"

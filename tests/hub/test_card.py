@@ -1,5 +1,6 @@
 """Cards: facts and runnable snippets of all family members, hand-written sections, and checks before publishing."""
 
+import ast
 import hashlib
 import json
 import re
@@ -327,6 +328,7 @@ def test_holes() -> None:
         (whole.replace("license: mit\n", "license:\n- mit\n- GPL\n"), "'GPL', which is not an id"),
         (whole + "\nTODO: more\n", "'TODO' in the section Citation"),
         (whole + "\n[More information needed]\n", "'[More information needed]'"),
+        (whole + "\nThe `data` is TBD, `code` too.\n", "'TBD' in the section Citation"),
         (whole + "\n{{ results }}\n", "'{{ results }}'"),
         (whole + f"\n## Empty\n\n{MARK}\n", "section 'Empty' is empty"),
         (whole + "\n![A curve](curve.png)\n", "shows 'curve.png', which is not in the folder"),
@@ -339,6 +341,10 @@ def test_holes() -> None:
     for license, told in (("apache-2", "did you mean apache-2.0?"), ("of-my-own", "the Hub may refuse it")):
         other = whole.replace("license: mit\n", f"license: {license}\n")
         assert holes(other, []) == [] and told in str(license_note(other))
+    for good in ("El modelo segmenta todo el suelo.", "Write `{{ name }}` or ``{{ `a` }}``, not `TODO`."):
+        assert holes(whole + f"\n{good}\n", []) == []
+    spaces = whole + '\n![A](my%20plot.png) ![B](<your plot.png> "title") `![no](c.png)`\n'
+    assert images_of(spaces) == {"my plot.png", "your plot.png"}
     shown = whole + "\n![A](./a.png) <img alt='' src=\"b.jpg\"> ![C](https://x/c.png)\n```\n![no](d.png) TODO\n```\n"
     assert images_of(shown) == {"a.png", "b.jpg"} and holes(shown, ["a.png", "b.jpg"]) == []
 
@@ -382,6 +388,15 @@ def test_only_generated_snippets_are_edited_and_line_endings_stay() -> None:
         moved = load_from(text, "me/tiny")
         assert moved == text.replace('repository = "tiny"', 'repository = "me/tiny"') != text
         assert moved.count('repository = "mine"') == 1
+        branch = load_from(moved, "me/tiny", "a-branch")
+        line = 'repository = snapshot_download("me/tiny", revision="a-branch")'
+        assert branch.count(line) == 3 and branch.count("import snapshot_download") == 3
+        assert branch.count("\r") == (branch.count("\n") if "\r" in text else 0)
+        assert (
+            load_from(branch, "me/tiny") == moved and load_from(branch, "a", "b").count("import snapshot_download") == 3
+        )
+        for code in snippets(branch.replace("\r\n", "\n")):
+            ast.parse(code)
 
 
 def test_weights_of_a_stranger_are_not_the_published_ones() -> None:
