@@ -11,7 +11,7 @@ import torch
 
 from hf_faim2f.errors import ConversionError
 from hf_faim2f.family.mask2former import STAGES, ZOO_LICENSE_ID, zoo_model_of
-from hf_faim2f.files import check_new_folder, md5_of, sha256_of
+from hf_faim2f.files import check_new_folder, md5_of, read_object, sha256_of
 from hf_faim2f.hub.card import Provenance
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
@@ -65,6 +65,10 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
     check_new_folder(out_dir, ConversionError)
     if not source.is_file():
         raise ConversionError(f"{source} does not exist; name a checkpoint of Mask2Former (.pkl or .pth).")
+    if config is None and _is_of_transformers(source):
+        raise ConversionError(
+            f"{source} has the weights of a model that transformers saved: name its folder, {source.parent}, instead."
+        )
     md5 = md5_of(source)
     described = choose_description(source, md5, config, subtask)
     state = read_weights(source, described.notes)
@@ -82,6 +86,14 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
     license = ZOO_LICENSE_ID if published else None
     write_model_folder(out_dir, out_dir.name, model, processor, provenance, license=license)
     return ConvertedModel(described.name, described.notes)
+
+
+def _is_of_transformers(source: Path) -> bool:
+    """Whether the configuration of a transformers Mask2Former is beside a file."""
+    try:
+        return read_object(source.with_name("config.json")).get("model_type") == "mask2former"
+    except (OSError, ValueError):
+        return False
 
 
 def read_weights(path: Path, notes: list[str] | None = None) -> dict[str, torch.Tensor]:

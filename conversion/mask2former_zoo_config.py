@@ -57,7 +57,7 @@ class CheckpointDescription:
         config: keywords of `FaiM2FConfig`, without labels and post-processing.
         num_labels: number of classes.
         data: the zoo's dataset that provides the labels; None if unknown: classes are then named by their index.
-        size: (shorter edge, longest edge) of images, in pixels.
+        size: (shorter edge, longest edge) of images, in pixels; a shorter edge of 0 for images that are not resized.
         mean, std: mean and standard deviation of pixels in 0..255, RGB.
         notes: sentences for the user.
     """
@@ -195,7 +195,7 @@ def describe_yaml(path: Path, subtask: str | None = None) -> CheckpointDescripti
     if settings["MODEL.BACKBONE.NAME"] == "build_resnet_backbone":
         config["backbone_freeze_norm"] = settings["MODEL.RESNETS.NORM"] == "FrozenBN"
         config["backbone_freeze_at"] = settings["MODEL.BACKBONE.FREEZE_AT"] - 1  # detectron2 counts the stem as stage 1
-    trained_on = next(iter(settings["DATASETS.TRAIN"]), "")
+    trained_on, *more = [*settings["DATASETS.TRAIN"], ""]
     data, inferred = TRAINING_SETS.get(trained_on, (None, _subtask_of(trained_on, settings)))
     if data is not None and subtask not in (None, inferred):
         raise ConversionError(f"{path} is for {inferred} segmentation (DATASETS.TRAIN), which --subtask contradicts.")
@@ -209,6 +209,8 @@ def describe_yaml(path: Path, subtask: str | None = None) -> CheckpointDescripti
             f"the names of the {count} classes of {trained_on or 'the training data'} are not known: they get numbers"
             + (", and none of them counts as stuff" if subtask == "panoptic" else "")
         )
+    if len(more) > 1:
+        notes.append(f"DATASETS.TRAIN names {len(more)} datasets: the classes are taken to be those of {trained_on}")
     notes += _notes_on_thresholds(subtask, {name: settings[f"{former}TEST.{name}"] for name in PANOPTIC_THRESHOLDS})
     size = (settings["INPUT.MIN_SIZE_TEST"], settings["INPUT.MAX_SIZE_TEST"])
     return CheckpointDescription(
@@ -410,10 +412,11 @@ def image_processor(described: CheckpointDescription, config: FaiM2FConfig) -> F
         ConversionError: a value is invalid.
     """
     shortest, longest = described.size
+    resizing: dict[str, Any] = {"size": {"shortest_edge": shortest, "longest_edge": longest}}
     try:
         return FaiM2FImageProcessor.from_model_config(
             config,
-            size={"shortest_edge": shortest, "longest_edge": longest},
+            **(resizing if shortest != 0 else {"do_resize": False}),
             image_mean=[value / 255 for value in described.mean],
             image_std=[value / 255 for value in described.std],
         )

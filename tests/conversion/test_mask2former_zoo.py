@@ -600,6 +600,21 @@ class TestYaml:
         config = model_configuration(found)
         assert config.id2label[0] == "person" and config.label_ids_to_fuse is None
 
+    def test_images_that_are_not_resized(self, tmp_path: Path) -> None:
+        """As in detectron2, where the size 0 turns ResizeShortestEdge off."""
+        found = self.read(tmp_path, OF_SWIN, BASE.replace("MIN_SIZE_TEST: 64", "MIN_SIZE_TEST: 0"))
+        processor = image_processor(found, model_configuration(found))
+        assert processor([np.zeros((50, 300, 3), np.uint8)], return_tensors="pt")["pixel_values"].shape[2:] == (50, 300)
+
+    def test_several_datasets(self, tmp_path: Path) -> None:
+        train = '("coco_2017_train", "my_sem_seg_train")'
+        (note,) = [
+            note
+            for note in self.read(tmp_path, OF_SWIN, BASE.replace('("my_panoptic_train",)', train)).notes
+            if "DATASETS.TRAIN" in note
+        ]
+        assert "names 2 datasets: the classes are taken to be those of coco_2017_train" in note
+
     def test_large_and_deep_files(self, tmp_path: Path) -> None:
         for text, sentence in (
             ("[" * 100_000, "not readable YAML"),
@@ -810,6 +825,11 @@ class TestWrongWeights:
         assert "is not a folder" in told(capsys, source, tmp_path / "a" / "b", "--config", yaml)
         assert "does not exist" in told(capsys, tmp_path / "other.pkl", out, "--config", yaml)
         assert "--config is for checkpoint files" in told(capsys, tmp_path, out, "--config", yaml)
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "theirs" / "config.json").write_text('{"model_type": "mask2former"}')
+        (tmp_path / "theirs" / "model.safetensors").write_bytes(b"")
+        sentence = told(capsys, tmp_path / "theirs" / "model.safetensors", out)
+        assert f"name its folder, {tmp_path / 'theirs'}, instead" in sentence
         name = "coco/panoptic/maskformer2_R50_bs16_50ep"
         sentence = told(capsys, source, out, "--config", name)
         assert f"does not belong to the configuration {name}" in sentence and "backbone is swin" in sentence
