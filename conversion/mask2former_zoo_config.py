@@ -195,7 +195,8 @@ def describe_yaml(path: Path, subtask: str | None = None) -> CheckpointDescripti
     if settings["MODEL.BACKBONE.NAME"] == "build_resnet_backbone":
         config["backbone_freeze_norm"] = settings["MODEL.RESNETS.NORM"] == "FrozenBN"
         config["backbone_freeze_at"] = settings["MODEL.BACKBONE.FREEZE_AT"] - 1  # detectron2 counts the stem as stage 1
-    trained_on, *more = [*settings["DATASETS.TRAIN"], ""]
+    datasets: list[str] = list(settings["DATASETS.TRAIN"])
+    trained_on = next(iter(datasets), "")
     data, inferred = TRAINING_SETS.get(trained_on, (None, _subtask_of(trained_on, settings)))
     if data is not None and subtask not in (None, inferred):
         raise ConversionError(f"{path} is for {inferred} segmentation (DATASETS.TRAIN), which --subtask contradicts.")
@@ -209,8 +210,10 @@ def describe_yaml(path: Path, subtask: str | None = None) -> CheckpointDescripti
             f"the names of the {count} classes of {trained_on or 'the training data'} are not known: they get numbers"
             + (", and none of them counts as stuff" if subtask == "panoptic" else "")
         )
-    if len(more) > 1:
-        notes.append(f"DATASETS.TRAIN names {len(more)} datasets: the classes are taken to be those of {trained_on}")
+    if len(datasets) > 1:
+        notes.append(
+            f"DATASETS.TRAIN names {len(datasets)} datasets: the classes are taken to be those of {trained_on}"
+        )
     notes += _notes_on_thresholds(subtask, {name: settings[f"{former}TEST.{name}"] for name in PANOPTIC_THRESHOLDS})
     size = (settings["INPUT.MIN_SIZE_TEST"], settings["INPUT.MAX_SIZE_TEST"])
     return CheckpointDescription(

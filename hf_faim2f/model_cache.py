@@ -34,7 +34,7 @@ from .errors import ConversionError, ModelError, first_line
 from .files import md5_of, sha256_of, write_whole
 
 # Version of the conversions. Raise it when their results change: cached models are then converted again.
-VERSION = 1
+VERSION = 2
 RECORD, LOCK = "record.json", "lock"
 SOON = 0.05  # seconds to wait for a lock before another process is assumed to hold it
 ENTRY = re.compile(r"[\w.-]+-[0-9a-f]{8}")

@@ -278,7 +278,7 @@ def test_another_version_of_the_converter_converts_anew(
     mirror: WeightsServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = resolve(TINY)
-    monkeypatch.setattr(model_cache, "VERSION", 2)
+    monkeypatch.setattr(model_cache, "VERSION", model_cache.VERSION + 1)
     second = resolve(TINY)
     assert first != second and second.is_dir() and not first.exists() and len(mirror.asked) == 2
 
