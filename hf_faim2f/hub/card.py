@@ -202,7 +202,9 @@ def _introduction(task: str, config: FaiM2FConfig, provenance: Provenance | None
             "gives the same results, exports to ONNX and TensorRT, and has faster post-processing."
         )
     if provenance is not None and provenance.library == "Mask2Former":
-        source = "of the original repository" if provenance.published else "trained with the code of the original one"
+        source = (
+            "of the original repository" if provenance.published else "trained with the code of the original repository"
+        )
         return (
             f"Mask2Former for {what}, converted from a checkpoint {source} (facebookresearch/Mask2Former, "
             f"`{plain(provenance.model)}`) to Hugging Face transformers."
