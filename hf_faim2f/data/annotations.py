@@ -27,7 +27,7 @@ FORMS = ("coco", "yolo", "labelme")
 TARGETS = ("coco", "yolo", "masks")
 # Maximum number of classes in 16-bit masks of instances, whose values are 1000 * (class + 1) + number.
 MOST_CLASSES_16 = 64
-# The value of pixels without a class in 16-bit masks of classes.
+# The value of pixels without a class in 16-bit masks of classes; see `void_of`.
 DEEP_VOID = 65535
 # Maximum number of outlines that are joined by the shortest lines.
 MOST_JOINED = 200
@@ -341,8 +341,8 @@ class AnnotationFolder:
         """A PNG of classes or instances, encoded as in the format "folder"; the last mark is on top."""
         count = len(self.labels)
         if not self.instances:
-            is_small = count <= WHITE
-            values = np.full(size, WHITE if is_small else DEEP_VOID, dtype=np.uint8 if is_small else np.uint16)
+            void = void_of(count)
+            values = np.full(size, void, dtype=np.uint8 if void == WHITE else np.uint16)
             numbers: list[Any] = [mark.label for mark in marks]
         else:
             is_small = count <= MOST_CLASSES_16
@@ -366,6 +366,14 @@ class AnnotationFolder:
         return file.getvalue()
 
 
+def void_of(count: int) -> int:
+    """The value of pixels without a class in masks of this number of classes: 255 in 8 bits, or 65535 in 16.
+
+    The latter also for a single class: readers refuse masks of only 0 and 255, which look like binary masks.
+    """
+    return WHITE if 1 < count <= WHITE else DEEP_VOID
+
+
 def _without_images(name: PurePosixPath) -> PurePosixPath:
     """A name without a folder `images`: Ultralytics replaces the last one in an image's path by `labels`.
 
@@ -386,4 +394,4 @@ def image_suffix(name: str) -> str:
     return suffix if suffix.lower() in (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES) else ".png"
 
 
-__all__ = ["FORMS", "TARGETS", "AnnotationFolder", "Mark", "image_suffix", "joined", "mark_of", "trace"]
+__all__ = ["FORMS", "TARGETS", "AnnotationFolder", "Mark", "image_suffix", "joined", "mark_of", "trace", "void_of"]

@@ -13,7 +13,7 @@ from ..files import new_folder
 from ..model.channels_faim2f import picture_of
 from ..model.image_bands_faim2f import ARRAY_SUFFIXES, NPY_MAGIC, TIFF_MAGICS
 from ..model.image_files_faim2f import open_image
-from .annotations import DEEP_VOID, AnnotationFolder, Mark, image_suffix, mark_of, trace
+from .annotations import AnnotationFolder, Mark, image_suffix, mark_of, trace, void_of
 from .counts import check_same_labels, number_of
 from .dataset import from_rows, kind_of_part, reader_of, source_of
 from .files import path_inside
@@ -71,10 +71,11 @@ def convert_data(
     notes = [sentence.format(number_of(lost[key], unit)) for key, (unit, sentence) in LOST.items() if lost[key]]
     if form == "masks" and first.task == "instance":
         notes.append("The masks are of instances: read the folder with --task instance.")
-    elif form == "masks" and len(first.labels) > WHITE:
+    elif form == "masks" and (void := void_of(len(first.labels))) != WHITE:
+        classes = "is only one class" if len(first.labels) == 1 else f"are {len(first.labels)} classes"
         notes.append(
-            f"The masks have 16 bits, because there are {len(first.labels)} classes, and {DEEP_VOID} means no class: "
-            f"read the folder with --ignore-index {DEEP_VOID}."
+            f"The masks have 16 bits, because there {classes}, and {void} means no class: read the folder with "
+            f"--ignore-index {void}."
         )
     return notes
 

@@ -278,6 +278,17 @@ def test_masks_of_many_classes_say_how_they_are_read_back(tmp_path: Path) -> Non
     assert class_map(after[0]).tolist() == class_map(data[0]).tolist() == [[0, 255, 256], [-1, 256, 0]]
 
 
+def test_masks_of_one_class_are_not_taken_for_binary_masks(tmp_path: Path) -> None:
+    """Of 0 and 255, readers could not tell which is the class."""
+    save(tmp_path / "data" / "images" / "a.png", photo(2, 3))
+    save(tmp_path / "data" / "masks" / "a.png", np.array([[0, 7, 7], [7, 0, 0]], dtype=np.uint8))
+    data = load_folder(tmp_path / "data", ["leaf"], ignore_index=7)
+    (note,) = convert_data({"train": OpenData(data, describe(data), "train")}, tmp_path / "out", "masks")
+    assert "there is only one class" in note and note.endswith("read the folder with --ignore-index 65535.")
+    after = load_folder(tmp_path / "out" / "train", ["leaf"], ignore_index=65535)
+    assert class_map(after[0]).tolist() == [[0, -1, -1], [-1, 0, 0]]
+
+
 def test_more_classes_than_colors_are_refused(tmp_path: Path) -> None:
     """Class 255 would get the color that means no class, and later classes have no color."""
     labels = [f"c{number}" for number in range(256)]
