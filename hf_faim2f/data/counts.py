@@ -38,6 +38,7 @@ class ClassCounts:
         task: the data's task.
         total: number of images in the dataset.
         images: number of images that were counted.
+        skipped: number of images that could not be read.
         pixels, segments: numbers of pixels and segments of each class.
         unlabelled: number of pixels that are in no segment, or only in a crowd.
         crowds: number of crowds.
@@ -50,6 +51,7 @@ class ClassCounts:
     task: Task
     total: int
     images: int
+    skipped: int
     pixels: tuple[int, ...]
     segments: tuple[int, ...]
     unlabelled: int
@@ -60,12 +62,14 @@ class ClassCounts:
     @property
     def is_sample(self) -> bool:
         """Whether only some of the images were counted."""
-        return self.images < self.total
+        return self.images + self.skipped < self.total
 
     @property
     def of_images(self) -> str:
         """The number of images that were counted, as text."""
-        return f"{self.images:,} of {self.total:,} images" if self.is_sample else number_of(self.images, "image")
+        return (
+            f"{self.images:,} of {self.total:,} images" if self.images < self.total else number_of(self.images, "image")
+        )
 
     @property
     def absent(self) -> list[str]:
@@ -91,15 +95,20 @@ def count_classes(
         DatasetError: an image or its annotations cannot be read.
     """
     total = len(items)
-    order = range(total) if total <= most_images else np.random.default_rng(0).permutation(total).tolist()
+    # Also if few images may exceed the pixels of a sample: they are often sorted by class.
+    order = np.random.default_rng(0).permutation(total).tolist()
     classes = len(description.labels)
     pixels, segments = np.zeros(classes, dtype=np.int64), np.zeros(classes, dtype=np.int64)
-    images = seen = crowds = 0
+    images = skipped = unlabelled = seen = crowds = 0
     targets: dict[int, int] = {}
     largest = ""
     for index, counted, name in _counted(items, order, skip_bad):
+        if counted is None:
+            skipped += 1
+            continue
         images += 1
         seen += counted.size
+        unlabelled += max(0, counted.size - counted.labelled)  # areas that a file states may be too large
         own = 0
         for label, area, crowd in zip(counted.classes, counted.pixels, counted.crowd, strict=True):
             if crowd:
@@ -114,16 +123,16 @@ def count_classes(
             targets[index] = own
         if targets and (images >= most_images or seen >= MOST_PIXELS):
             break
-    # The pixels of overlapping segments can add up to more than the images have.
-    unlabelled = max(0, seen - int(pixels.sum()))
     return ClassCounts(
-        description.labels, description.task, total, images, tuple(pixels.tolist()), tuple(segments.tolist()),
+        description.labels, description.task, total, images, skipped, tuple(pixels.tolist()), tuple(segments.tolist()),
         unlabelled, crowds, targets, largest,
     )  # fmt: skip
 
 
-def _counted(items: Sequence[Item], order: Iterable[int], skip_bad: bool) -> Iterator[tuple[int, SegmentCounts, str]]:
-    """Index, counts and file name of each readable image."""
+def _counted(
+    items: Sequence[Item], order: Iterable[int], skip_bad: bool
+) -> Iterator[tuple[int, SegmentCounts | None, str]]:
+    """Index, counts and file name of each image; no counts for one that cannot be read and is skipped."""
     read: Callable[[int], tuple[SegmentCounts, str]]
     if isinstance(items, datasets.Dataset):
         reader = reader_of(items)
@@ -144,6 +153,7 @@ def _counted(items: Sequence[Item], order: Iterable[int], skip_bad: bool) -> Ite
         except DatasetError:
             if not skip_bad:
                 raise
+            yield index, None, ""
         else:
             yield index, counted, name
 

@@ -46,12 +46,20 @@ class SegmentCounts(NamedTuple):
         classes: class of each segment.
         pixels: number of pixels of each segment, including those covered by other segments.
         crowd: whether each segment is a crowd.
+        labelled: number of pixels in at least one segment that is not a crowd.
     """
 
     size: int
     classes: list[int]
     pixels: list[int]
     crowd: list[bool]
+    labelled: int
+
+    @classmethod
+    def disjoint(cls, size: int, classes: list[int], pixels: list[int], crowd: list[bool]) -> "SegmentCounts":
+        """The counts of segments that do not overlap."""
+        labelled = sum(area for area, is_crowd in zip(pixels, crowd, strict=True) if not is_crowd)
+        return cls(size, classes, pixels, crowd, labelled)
 
 
 def make_item(
@@ -171,9 +179,11 @@ def segment_areas(item: Item) -> Tensor:
 
 def count_segments(item: Item) -> SegmentCounts:
     """Class, number of pixels and crowd flag of each segment of an item."""
+    labelled = int((keep_segments(item, ~item["crowd"])["segments"] >= 0).sum())
     return SegmentCounts(
-        item["segments"].numel(), item["classes"].tolist(), segment_areas(item).tolist(), item["crowd"].tolist()
-    )
+        item["segments"].numel(), item["classes"].tolist(), segment_areas(item).tolist(), item["crowd"].tolist(),
+        labelled,
+    )  # fmt: skip
 
 
 def keep_segments(item: Item, keep: Tensor) -> Item:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from hf_faim2f.data import DatasetError, RandomCrop, TrainingItems, load_coco_instance, load_folder
+from hf_faim2f.data import DatasetError, Item, RandomCrop, TrainingItems, load_coco_instance, load_folder
 from hf_faim2f.data.counts import (
     check_crops,
     check_same_labels,
@@ -22,6 +23,7 @@ from hf_faim2f.data.counts import (
 )
 from hf_faim2f.data.dataset import Description, describe
 from hf_faim2f.data.formats import FORMATS, DataSource, open_data
+from hf_faim2f.data.item import make_item
 from tests.support.image_files import photo, save, truncate
 from tests.support.shapes import LABELS, Shapes, shapes, write_tree
 
@@ -99,6 +101,51 @@ def test_a_sequence_of_items_and_a_sample(tmp_path: Path) -> None:
     assert sample == count_classes(Shapes(40), description, most_images=5)  # type: ignore[arg-type]
     assert max(sample.targets) > 5  # not just the first items
     assert "5 of 40 images" in class_table({"train": sample})[0]
+
+
+def items_of(*classes: int) -> list[Item]:
+    """An image of 4x4 pixels for each class, which covers it."""
+    image, segments = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.int32)
+    return [make_item(image, segments, [label], number, str(number)) for number, label in enumerate(classes)]
+
+
+def test_of_few_large_images_a_random_sample_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first ones: data is often sorted by class."""
+    monkeypatch.setattr("hf_faim2f.data.counts.MOST_PIXELS", 20 * 16)
+    counts = count_classes(items_of(*[0] * 20, *[1] * 20), Description("shapes", "semantic", ("a", "b")))
+    assert counts.images == 20 and counts.is_sample and min(counts.segments) > 4
+
+
+def test_skipped_images_make_no_sample() -> None:
+    """A class that is in no image that can be read is never learned."""
+
+    class Damaged(list[Item]):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 1:
+                raise DatasetError("damaged")
+            return super().__getitem__(index)
+
+    damaged, description = Damaged(items_of(0, 1, 0, 0)), Description("shapes", "semantic", ("a", "b"))
+    counts = count_classes(damaged, description, skip_bad=True)
+    assert (counts.images, counts.skipped, counts.of_images) == (3, 1, "3 of 4 images") and not counts.is_sample
+    assert training_notes(counts) == ["Never in the training data, and so not learned: b."]
+    assert count_classes(damaged, description, skip_bad=True, most_images=2).is_sample
+
+
+def test_pixels_of_overlapping_segments_are_not_subtracted_twice(tmp_path: Path) -> None:
+    """Two squares that share 4 of their 16 pixels each, one of them on a crowd."""
+    squares = [[[0, 0, 4, 0, 4, 4, 0, 4]], [[2, 2, 6, 2, 6, 6, 2, 6]], [[0, 0, 8, 0, 8, 2, 0, 2]]]
+    root = write_coco(tmp_path, 0, squares[0])
+    path = root / "annotations" / "instances_train2017.json"
+    document = json.loads(path.read_text())
+    first = document["annotations"][0]
+    document["annotations"] += [{**first, "id": 2 + k, "segmentation": mask, "iscrowd": k}
+                                for k, mask in enumerate(squares[1:])]  # fmt: skip
+    path.write_text(json.dumps(document))
+    data = load_coco_instance(root, "train2017")
+    for items in (data, [data[0]]):  # from the annotations alone, and from items
+        counts = count_classes(items, describe(data))
+        assert (counts.pixels, counts.crowds, counts.unlabelled) == ((32,), 1, 64 - 28)
 
 
 def test_the_sample_grows_until_there_is_a_target(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ LABELS = ("sky", "car: red", "tree")
 
 def counts(*segments: int, total: int = 3) -> ClassCounts:
     none = (0,) * len(segments)
-    return ClassCounts(LABELS, "semantic", total, 3, none, segments, 0, 0, {0: 1}, "a.png")
+    return ClassCounts(LABELS, "semantic", total, 3, 0, none, segments, 0, 0, {0: 1}, "a.png")
 
 
 def test_balanced_weights_are_those_of_scikit_learn() -> None:

@@ -282,7 +282,7 @@ class CocoPanopticReader(ItemReader):
         areas = [segment["area"] for segment in segments]
         if not all(area is not None and area >= 1 for area in areas):
             return super().count(row)
-        return SegmentCounts(
+        return SegmentCounts.disjoint(
             row["height"] * row["width"],
             [segment["class"] for segment in segments],
             [int(area) for area in areas],

@@ -100,7 +100,7 @@ class MapReader(ItemReader):
             found = self.segments({**source, **about}, height, width)
         except DatasetError:
             return super().count(row)  # raises the same error, unless only reading the header failed
-        return SegmentCounts(found.places.numel(), found.classes, found.pixels(), found.crowd)
+        return SegmentCounts.disjoint(found.places.numel(), found.classes, found.pixels(), found.crowd)
 
 
 @dataclass(frozen=True)

@@ -136,11 +136,14 @@ class OutlineReader(ItemReader):
             return super().count(row)
         height, width = self.known_size(row)
         objects = self.objects(row, height, width)
+        run_lengths, crowd = self._run_lengths(row, objects, height, width), [entry["crowd"] for entry in objects]
+        targets = [one for one, is_crowd in zip(run_lengths, crowd, strict=True) if not is_crowd]
         return SegmentCounts(
             height * width,
             [entry["class"] for entry in objects],
-            [int(coco_mask.area(one)) for one in self._run_lengths(row, objects, height, width)],
-            [entry["crowd"] for entry in objects],
+            [int(coco_mask.area(one)) for one in run_lengths],
+            crowd,
+            int(coco_mask.area(coco_mask.merge(targets))) if targets else 0,
         )
 
     def remarks(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
