@@ -210,7 +210,7 @@ def teacher_inputs(
     images = [item["image"] for item in items]
     are_crops = student is not None and not student.do_resize
     if student is not None and are_crops:
-        sizes = [_size_of_crop(image.shape[-2], image.shape[-1], processor, student.processor) for image in images]
+        sizes = [_size_of_crop(item, processor, student.processor) for item in items]
         images = [
             image if image.shape[-2:] == size else resize_image(image.float(), *size)
             for image, size in zip(images, sizes, strict=True)
@@ -222,11 +222,13 @@ def teacher_inputs(
     return {"pixel_values": encoded["pixel_values"], "pixel_mask": encoded["pixel_mask"]}
 
 
-def _size_of_crop(height: int, width: int, teacher: FaiM2FImageProcessor, student: FaiM2FImageProcessor) -> Size:
-    """The size (h, w) at which the teacher sees a crop of this size of an image at the student's scale."""
+def _size_of_crop(item: Item, teacher: FaiM2FImageProcessor, student: FaiM2FImageProcessor) -> Size:
+    """The size (h, w) at which the teacher sees a crop, `item`, of an image at the student's scale."""
+    height, width = item["image"].shape[-2:]
+    # An item keeps the size of the whole image, by which both would resize it.
     own, of_student = (
-        resized_size(height, width, processor.size, processor.size_divisor or 0) if processor.do_resize
-        else (height, width)
+        resized_size(item["height"], item["width"], processor.size, processor.size_divisor or 0) if processor.do_resize
+        else (item["height"], item["width"])
         for processor in (teacher, student)
     )  # fmt: skip
     down, right = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
-from hf_faim2f.data.augmentation import RandomFlip, ResizeShortestEdge
+from hf_faim2f.data.augmentation import RandomFlip, ResizeShortestEdge, crop_item
 from hf_faim2f.data.collate import MixedItems, SegmentationCollator, TrainingItems, UnlabelledImages
 from hf_faim2f.data.dataset import Description
 from hf_faim2f.data.digits import DigitScenes
@@ -393,6 +393,22 @@ def test_the_teacher_sees_crops_at_the_scale_of_whole_images(
     whole = DistillationCollator(SegmentationCollator(own, do_resize=True), other)(items)
     expected = other.preprocess(items[0]["image"], input_data_format="channels_first", return_tensors="pt")
     assert torch.equal(whole["teacher_inputs"]["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("teacher", "size"),
+    [
+        ({"size": {"height": 100, "width": 100}}, (20, 20)),
+        ({"size": {"shortest_edge": 400, "longest_edge": 600}}, (60, 120)),  # sees the whole image as 300x600
+    ],
+)
+def test_the_teacher_sees_a_crop_at_the_scale_of_its_image(teacher: dict[str, Any], size: tuple[int, int]) -> None:
+    """The image of 200x400 has the student's size. The teacher's settings would resize the square crop otherwise."""
+    crop = crop_item(square_at(5, 20, 200, 400), 0, 0, 40, 80)
+    items = [crop, crop_item(crop, 0, 0, 40, 40)]
+    own, other = FaiM2FImageProcessor(size={"height": 200, "width": 400}), FaiM2FImageProcessor(**teacher)
+    batch = DistillationCollator(SegmentationCollator(own), other)(items)
+    assert batch["teacher_inputs"]["pixel_mask"].sum((1, 2)).tolist() == [size[0] * size[1], size[0] * size[1] // 2]
 
 
 def test_mixed_items_are_half_unlabelled(tmp_path: Path) -> None:
