@@ -242,7 +242,7 @@ def prepare(settings: TrainSettings) -> TrainRun:
     }
     _check_targets(settings, recipe, train_data, start, counts["train"])
     goes_on = checkpoint is not None or (out / BACKBONE).is_file()
-    changes = changes_of_data(out, counts) if goes_on else {}
+    changes = changes_of_data(out, counts, given(settings)) if goes_on else {}
     if settings.best is not None and "validation" in changes:
         raise SettingsError(
             f"{changes['validation']} Evaluations before and after cannot be compared for --best: restore the data, or "

@@ -277,14 +277,18 @@ def begin_run(out_dir: Path, settings: Mapping[str, Any], counts: Mapping[str, C
     write_whole(out_dir / COUNTS_FILE, json.dumps(_recorded(counts), ensure_ascii=False, indent=1) + "\n")
 
 
-def changes_of_data(out_dir: Path, counts: Mapping[str, ClassCounts]) -> dict[str, str]:
-    """A sentence for every split whose counts differ from those of the run in a folder."""
+def changes_of_data(out_dir: Path, counts: Mapping[str, ClassCounts], settings: Mapping[str, Any]) -> dict[str, str]:
+    """A sentence for every split whose counts differ from those of the run in a folder, with the same settings."""
     try:
         before = json.loads((out_dir / COUNTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a run of an earlier version
         return {}
     changes = {}
+    recorded = recorded_settings(out_dir)
+    differ = {name for name in ("eval_limit", "skip_bad") if recorded.get(name) != settings.get(name)}
     for split, now in _recorded(counts).items():
+        if differ - ({"eval_limit"} if split == "train" else set()):
+            continue  # the settings choose other images
         earlier = before.get(split, now) if isinstance(before, dict) else now
         if earlier != now:
             was, now_is = _extent(earlier), _extent(now)

@@ -119,6 +119,9 @@ def test_a_resumed_run_says_that_its_data_has_changed(
     assert f" before, 3 images, {sum(counts['segments'].values())} segments, {3 * 64 * 64:,} pixels now." in found
     assert run(own, out, "--steps", "3") == 0
     assert "has changed" not in capsys.readouterr().out
+    assert run(own, out, "--steps", "3", "--eval-limit", "1") == run(own, out, "--steps", "3", "--skip-bad") == 0
+    assert run(own, out, "--steps", "3") == 0
+    assert "has changed" not in capsys.readouterr().out
     for mask in (data / "val" / "masks").iterdir():
         Image.fromarray(np.array([0, 2, 3, 1], dtype=np.uint8)[np.asarray(Image.open(mask))]).save(mask)
     assert run(own, out, "--steps", "3") == 0
