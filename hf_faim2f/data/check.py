@@ -47,8 +47,9 @@ MOST_COMPARED = 50_000
 MOST_NAMED = 5
 # How many images of each class are kept to be drawn.
 MOST_DRAWN = 8
-# Formats whose data may be undivided, or have a test part.
+# Formats whose data may be undivided, and those that may have a test part.
 UNDIVIDED = ("folder", "colors", "yolo", "coco", "labelme", "supervisely", "roboflow-masks", "voc", "camvid")
+TESTED = (*UNDIVIDED, "hub", "coco-panoptic")
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def open_parts(format_name: str, source: DataSource) -> tuple[dict[str, OpenData
         DatasetError: no part can be opened, or an existing part has images that cannot be used.
     """
     row = find_format(format_name)
-    is_own = source.splits == (None, None) and row.name in UNDIVIDED
-    if is_own:
+    is_own = source.splits == (None, None)
+    if is_own and (row.name in UNDIVIDED or Path(source.root).is_file()):
         try:
             return {"all": open_part(format_name, source, "all")}, []
         except DatasetError:
@@ -141,7 +142,7 @@ def open_parts(format_name: str, source: DataSource) -> tuple[dict[str, OpenData
             findings.append(Finding("missing", name, str(error)))
     if not parts:
         raise failures[0]
-    if is_own:
+    if is_own and row.name in TESTED:
         try:
             parts["test"] = open_part(format_name, source, "test")
         except UnusableImageError:

@@ -241,6 +241,28 @@ def test_an_unreadable_test_part_is_reported(tmp_path: Path, capsys: pytest.Capt
     assert document["notes"] == [text, unread] and list(document["images"]) == ["train", "val"]
 
 
+@pytest.mark.parametrize("name", ["hub", "coco-panoptic"])
+def test_a_test_part_of_its_own_name_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    root, out = write_tree(name, tmp_path / "data"), tmp_path / "out"
+    for path in sorted(root.rglob("*val*")):
+        copied = path.with_name(path.name.replace("validation", "test").replace("val", "test"))
+        if path.is_dir():
+            shutil.copytree(path, copied)
+        elif not copied.exists():
+            shutil.copy(path, copied)
+    more = ["--format", name, *(["--labels", ",".join(LABELS)] if name == "hub" else [])]
+    document = check(capsys, root, *more, "--draw", "0", "--allow", "absent,shared", status=0)
+    assert [part["images"] for part in document["parts"].values()] == [2, 2, 2] and "test" in document["parts"]
+    assert main(["data", "convert", str(root), str(out), "--to", "coco", "--json", *more]) == 0
+    assert len(json.loads(capsys.readouterr().out)["images"]) == 3
+
+
+def test_a_parquet_file_is_one_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = next(write_tree("hub", tmp_path / "data").rglob("*val*.parquet"))
+    more = ["--labels", ",".join(LABELS), "--draw", "0", "--allow", "absent"]
+    assert list(check(capsys, path, *more, status=0)["parts"]) == ["all"]
+
+
 def test_unread_images_in_the_folder_itself_are_named_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Images of labelme without a JSON file are not read."""
     root = tmp_path / "data"

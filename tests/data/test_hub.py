@@ -11,6 +11,7 @@ import torch
 from hf_faim2f.data import DatasetError, class_map, describe, load_ade20k_parquet, load_hub
 from hf_faim2f.data.dataset import reader_of
 from hf_faim2f.data.readers.hub import in_split
+from hf_faim2f.errors import MissingPartError
 from tests.support.hub_data import MASK, memory, png, rows, write_parquet
 from tests.support.image_files import photo, save
 
@@ -216,6 +217,26 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=message):
             dataset[index]
     assert torch.equal(dataset[4]["image"], torch.from_numpy(photo(2, 3, 4)).permute(2, 0, 1))
+
+
+def test_splits_that_are_not_there_are_missing_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder and of a dataset on the Hub, by the words of `datasets`. Other errors are no missing part."""
+    path = write_parquet(tmp_path / "data" / "train-0.parquet", rows())
+    with pytest.raises(MissingPartError, match="no Parquet file of the split 'test'"):
+        load_hub(path.parent, "test", labels=LABELS)
+    load = datasets.load_dataset
+
+    def of_file(name: str, split: str) -> Any:
+        return load("parquet", data_files={"train": str(path)}, split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", of_file)
+    assert len(load_hub("someone/scenes", "train", labels=LABELS)) == 3
+    with pytest.raises(MissingPartError, match='Unknown split "test"'):
+        load_hub("someone/scenes", "test", labels=LABELS)
+    path.write_bytes(b"damaged")
+    with pytest.raises(DatasetError, match="loading it from the Hub failed") as error:
+        load_hub("someone/scenes", "test", labels=LABELS)
+    assert not isinstance(error.value, MissingPartError)
 
 
 def test_bad_sources_are_named(tmp_path: Path) -> None:

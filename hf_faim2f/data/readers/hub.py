@@ -20,7 +20,7 @@ from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import InMemoryTable, concat_tables
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ...errors import DatasetError
+from ...errors import DatasetError, MissingPartError
 from ...files import files_below, place_of
 from ..dataset import IMAGE_FEATURE, ItemReader, Problems, Task, kind_of_part, source_of
 from ..files import AnnotationFrame, check_regular
@@ -62,7 +62,8 @@ def load_hub(
         skip_bad: skip Parquet files that cannot be read, and list them in `describe(dataset).skipped`.
 
     Raises:
-        DatasetError: the source cannot be loaded, or the columns cannot be guessed; the message lists them.
+        DatasetError: the source cannot be loaded, has no such split (MissingPartError), or the columns cannot be
+            guessed; the message lists them.
     """
     if isinstance(source, (dict, datasets.IterableDataset)):  # a DatasetDict is a dict
         raise DatasetError(
@@ -194,7 +195,8 @@ def _load(source: str | Path | Sequence[str | Path], split: str | None, problems
             loaded = datasets.load_dataset(str(source), split=split)
         # The network, the Hub and the library's many builders raise many types of exceptions.
         except Exception as error:
-            raise DatasetError(
+            is_missing = isinstance(error, ValueError) and str(error).startswith("Unknown split")
+            raise (MissingPartError if is_missing else DatasetError)(
                 f"{source} is not a local Parquet file, and loading it from the Hub failed: "
                 f"{type(error).__name__}: {error}"
             ) from error
@@ -230,7 +232,8 @@ def _parquet_files(source: str | Path | Sequence[str | Path], split: str | None)
     if split is not None:
         found = files_of_split(found, root, split)
     if not found:
-        raise DatasetError(f"{root} has no Parquet file{f' of the split {split!r}' if split else ''}.")
+        kind = DatasetError if split is None else MissingPartError
+        raise kind(f"{root} has no Parquet file{f' of the split {split!r}' if split else ''}.")
     return found
 
 
