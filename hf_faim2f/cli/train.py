@@ -101,7 +101,7 @@ def run(prepared: TrainRun, program: str) -> int:
                 about=_about(prepared),
                 teacher=prepared.teacher,
             )  # fmt: skip
-    except (DatasetError, ModelError, OSError) as error:
+    except (DatasetError, ModelError, SettingsError, OSError) as error:
         _clear(out, was_there)
         return mistake(program, error, everywhere=True)
     except DivergenceError as error:  # in all processes

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..data.augmentation import to_config
 from ..data.collate import SegmentationCollator, TrainingItems, labelled_part
 from ..data.item import Item
-from ..errors import DivergenceError, ModelError
+from ..errors import DivergenceError, ModelError, SettingsError
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.report import TABLE_FILE, per_class_table, scalars, without_nan
 from ..evaluation.semantic import write_confusion
@@ -58,6 +58,9 @@ from .trainer import FaiM2FTrainer
 
 logger = logging.get_logger(__name__)
 LOG = "log.json"
+RECIPE_FILE = "recipe.json"
+# Fields of the recipe that may change when a run is resumed: names, and the number of steps, which changes the warm-up.
+FREE_IN_RECIPE = frozenset(["name", "source", "steps", "warmup_steps"])
 BACKBONE_LOG = "backbone.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -98,9 +101,10 @@ def train(
         processor: its image processor, which is saved with it.
         train_items: training items, augmented or not.
         eval_items: the items to evaluate; None for no evaluation.
-        recipe: see `recipe.py`.
-        out_dir: the run's folder: `checkpoint-N`, `final` (a complete Hub folder), `log.json` and `curve.png`; with an
-            evaluator also `per_class.md` and, for the semantic subtask, `confusion.png` and `confusion.csv`.
+        recipe: see `recipe.py`. A resumed run must have the recipe that it began with, except for its steps.
+        out_dir: the run's folder: `checkpoint-N`, `final` (a complete Hub folder), `recipe.json`, `log.json` and
+            `curve.png`; with an evaluator also `per_class.md` and, for the semantic subtask, `confusion.png` and
+            `confusion.csv`.
         evaluator: computes the metrics on `eval_items`; pass both or neither.
         per_device_batch_size: images per forward pass; by default the recipe's batch size. Gradients of smaller batches
             are accumulated.
@@ -127,7 +131,7 @@ def train(
     Raises:
         ValueError: the batch size does not divide the recipe's, the precision is unknown or unavailable, there is no
             such metric, `best` is given without evaluations, one of evaluator and items is given without the other, or
-            the run in `out_dir` has other labels.
+            the run in `out_dir` has other labels or another recipe.
         ModelError: the backbone that was trained in `out_dir` is damaged, or does not fit the model; or the last
             checkpoint is damaged.
         ImportError: the library of an experiment tracker is missing.
@@ -187,6 +191,7 @@ def train(
     last = newest_checkpoint(out_dir)
     if last is not None:
         check_labels(last, "the model", [label for _, label in sorted(model.config.id2label.items())])
+    _keep_recipe(out_dir, recipe, last, write=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         remove_unfinished(out_dir)
     print_table(trainer)
@@ -251,8 +256,7 @@ def train(
             write_whole(out_dir / TABLE_FILE, per_class_table(results, f"{FINAL}, of step {step}"))
             if evaluator.confusion is not None:
                 write_confusion(evaluator.confusion, list(evaluator.id2label.values()), out_dir)
-        described = {**vars(recipe), "augmentations": to_config(recipe.augmentations)}
-        log = {"recipe": described, "results": without_nan(results), "log": trainer.state.log_history}
+        log = {"recipe": _described(recipe), "results": without_nan(results), "log": trainer.state.log_history}
         if trainer.best is not None:
             log["best"] = vars(trainer.best)
         write_whole(out_dir / LOG, json.dumps(log, indent=1) + "\n")
@@ -278,6 +282,31 @@ def split_batch(recipe: Recipe, per_device_batch_size: int | None = None) -> tup
             "processes: choose another number of processes, batch_size or per_device_batch_size."
         )
     return at_once, recipe.batch_size // (at_once * processes)
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    return {**vars(recipe), "augmentations": to_config(recipe.augmentations)}
+
+
+def _keep_recipe(out_dir: Path, recipe: Recipe, last: Path | None, write: bool) -> None:
+    """Records the recipe in a run's folder; raises SettingsError if a run that is resumed there has another one.
+
+    The optimizer's state, in the checkpoint `last`, contains the learning rate and the weight decay.
+    """
+    path, before = out_dir / RECIPE_FILE, {}
+    now = json.loads(json.dumps(_described(recipe)))  # with lists instead of tuples
+    if path.is_file() and (last is not None or (out_dir / BACKBONE).is_file()):
+        before = json.loads(path.read_text(encoding="utf-8"))
+    free = FREE_IN_RECIPE | frozenset([] if last is None else ["backbone_steps"])  # which are over
+    for name in sorted({*before} & {*now} - free):
+        if before[name] != now[name]:
+            raise SettingsError(
+                f"{out_dir} has a run whose recipe has {name} {before[name]}, not {now[name]}: choose another out, or "
+                "resume with the same recipe."
+            )
+    if write:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(now, indent=1) + "\n")
 
 
 def _synchronize_norms(model: FaiM2FForUniversalSegmentation) -> None:

@@ -30,15 +30,7 @@ from ..errors import DivergenceError, SettingsError
 from ..evaluation.evaluator import Evaluator
 from ..zoo import check_finite, first_not_finite
 from .distillation import Answers, DistillationLoss, Teacher, answer, points_of_step
-from .recipe import (
-    AVERAGE_FILE,
-    AverageCallback,
-    Recipe,
-    follow_recipe,
-    gradient_norm,
-    make_optimizer,
-    make_schedule,
-)
+from .recipe import AVERAGE_FILE, AverageCallback, Recipe, follow_recipe, gradient_norm, make_optimizer, make_schedule
 from .run_folder import Best, writing
 
 # What distillation adds to a batch; these entries are not passed to the model.
@@ -224,6 +216,14 @@ class FaiM2FTrainer(Trainer):
         if self.lr_scheduler is None:
             self.lr_scheduler, self._created_lr_scheduler = make_schedule(self.optimizer, self.recipe), True
         return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:  # has the rates of its own schedule, which may have had another number of steps
+            schedule = self.lr_scheduler
+            schedule._last_lr = [base * self.recipe.rate(schedule.last_epoch) for base in schedule.base_lrs]
+            for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """The `BatchTotals` of all accumulated batches and processes, as a tensor (2,).

@@ -69,7 +69,7 @@ def test_a_loss_that_is_nan_stops_before_the_weights_change(
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights.items() if "num_batches" not in name)
     assert first_not_finite(model) is None
     # The checkpoint with the weights that gave NaN is renamed; the previous one stays, and there is no final model.
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "diverged-3"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "diverged-3", "recipe.json"}
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "3"  # no row for the step with NaN, nor a loss of 0
 
@@ -82,7 +82,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path, value: float) -
     with pytest.raises(DivergenceError, match="diverged in step 3: the gradient is not finite"):
         run(model, tmp_path)
     assert first_not_finite(model) is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "recipe.json"]
 
 
 class Scaler(torch.amp.GradScaler):
@@ -309,7 +309,13 @@ def test_the_command_says_where_and_what_to_do(
             r"other settings and another --out\.",
             error,
         ), error
-        assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "diverged-2", "run.yaml"]
+        assert sorted(path.name for path in out.iterdir()) == [
+            "checkpoint-1",
+            "counts.json",
+            "diverged-2",
+            "recipe.json",
+            "run.yaml",
+        ]
     monkeypatch.undo()
     again = command(places, tmp_path / "again", "--steps", "1", "--learning-rate", "1e-5")
     again[again.index("--model") + 1] = str(out / "checkpoint-1")
@@ -472,7 +478,7 @@ def test_all_processes_stop_together(tmp_path: Path) -> None:
     assert [line.split()[1] for line in stopped] == ["0", "1"], printed
     assert all("diverged in step 3" in line for line in stopped)
     assert json.loads((out / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "diverged-2"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "diverged-2", "recipe.json"]
 
 
 def test_the_check_finds_one_value_among_all() -> None:

@@ -24,6 +24,7 @@ from hf_faim2f.family.digits import THING_IDS, digits_config
 from hf_faim2f.training import RECIPES, Recipe, find_recipe
 from hf_faim2f.training import recipe as recipe_module
 from hf_faim2f.training import run as run_module
+from hf_faim2f.training import trainer as trainer_module
 from hf_faim2f.training.recipe import follow_recipe, make_optimizer, make_schedule, parameter_groups
 from hf_faim2f.training.run import shortened, train
 from hf_faim2f.training.trainer import FaiM2FTrainer
@@ -357,6 +358,33 @@ def test_a_run_resumed_in_an_epoch_sees_what_it_would_have_seen(tmp_path: Path, 
     shutil.rmtree(tmp_path / "checkpoint-8")
     assert images(tmp_path, save_every=1, per_device_batch_size=at_once)[:16] == whole[16:]
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-7", "checkpoint-8"}
+
+
+def test_a_resumed_run_follows_the_schedule_of_its_new_steps_and_keeps_its_recipe(tmp_path: Path) -> None:
+    """Also in its first step, for which the optimizer's state has the rate of the earlier schedule."""
+    recipe = Recipe("test", steps=2, batch_size=2, learning_rate=1e-3, schedule="cosine", backbone_multiplier=0.5)
+    rates: list[list[float]] = []
+
+    def start(recipe: Recipe) -> FaiM2FTrainer:
+        model = shapes_model()
+        return train(model, processor_of(model), Shapes(4), None, recipe, tmp_path, log_every=1)  # type: ignore[arg-type]
+
+    def spy(callback: Any, arguments: Any, state: Any, control: Any, **named: Any) -> None:
+        rates.append([group["lr"] for group in named["optimizer"].param_groups])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.StepCallback, "on_pre_optimizer_step", spy)
+        start(recipe)
+        rates.clear()
+        longer = replace(recipe, steps=4, name="other")
+        logged = [entry["learning_rate"] for entry in start(longer).state.log_history if "loss" in entry]
+    expected = [1e-3 * longer.rate(step) for step in (2, 3)]
+    assert [max(step) for step in rates] == logged[2:] == expected
+    assert [min(step) for step in rates] == [0.5 * rate for rate in expected]
+    for changed in ({"learning_rate": 9e-4}, {"weight_decay": 0.5}, {"augmentations": (RandomCrop(8, 8),)}):
+        name = next(iter(changed))
+        with pytest.raises(SettingsError, match=f"has a run whose recipe has {name} .*: choose another out, or resume"):
+            start(replace(longer, **changed))  # type: ignore[arg-type]
 
 
 def test_batches_that_do_not_divide_are_refused(tmp_path: Path) -> None:
