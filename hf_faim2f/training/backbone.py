@@ -8,6 +8,7 @@ of its features. The probes are discarded afterwards.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def train_backbone(
     collator: Callable[[list[Item]], dict[str, Any]],
     recipe: Recipe,
     *,
+    at_once: int | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     seed: int = 0,
     workers: int = 0,
     log_every: int = 0,
@@ -81,6 +84,8 @@ def train_backbone(
         model: a `FaiM2FForUniversalSegmentation`, on the device to train on.
         items, collator: as for training the whole model.
         recipe: gives the batch size, `backbone_steps`, `backbone_learning_rate` and `weight_decay`.
+        at_once: images per forward pass; None for the whole batch. The gradients of smaller passes are accumulated.
+        autocast: the context of the backbone's forward passes, for mixed precision without a gradient scaler.
         seed: determines the order of the items.
         workers: number of processes that read items.
         log_every: steps between log entries; 0 for no log.
@@ -114,25 +119,35 @@ def train_backbone(
     batches = _batches(items, collator, recipe, seed, workers)
     bar = tqdm(batches, desc="backbone", total=recipe.backbone_steps, disable=None if progress else True)
     for step, batch in enumerate(bar, 1):
-        classes = torch.cat(batch["class_labels"]).to(device)
-        masks = [labels.to(device) for labels in batch["mask_labels"]]
-        if len(classes):
-            counts = [len(labels) for labels in batch["class_labels"]]
-            levels = backbone(batch["pixel_values"].to(device), return_dict=True).feature_maps
-            logits = [probe(segment_means(level, masks, counts)) for probe, level in zip(probes, levels, strict=True)]
-            loss = torch.stack([nn.functional.cross_entropy(level, classes) for level in logits]).mean()
+        counts = [len(labels) for labels in batch["class_labels"]]
+        if sum(counts):
             optimizer.zero_grad()
-            loss.backward()
-            if not torch.stack([loss.detach(), gradient_norm(backbone.parameters())]).isfinite().all():
-                raise diverged(step, f"the loss of the backbone alone is {float(loss.detach()):g}, and its gradient "
-                               "not finite", optimizer.param_groups[0]["lr"])  # fmt: skip
+            passes: list[Tensor] = []  # of each the share in the loss, and in each level's accuracy
+            for start in range(0, len(counts), at_once or len(counts)):
+                part = slice(start, start + (at_once or len(counts)))
+                if not sum(counts[part]):
+                    continue
+                classes = torch.cat(batch["class_labels"][part]).to(device)
+                masks = [labels.to(device) for labels in batch["mask_labels"][part]]
+                with autocast():
+                    levels = backbone(batch["pixel_values"][part].to(device), return_dict=True).feature_maps
+                logits = [
+                    probe(segment_means(level.float(), masks, counts[part]))
+                    for probe, level in zip(probes, levels, strict=True)
+                ]
+                share = len(classes) / sum(counts)
+                loss = share * torch.stack([nn.functional.cross_entropy(level, classes) for level in logits]).mean()
+                loss.backward()
+                hits = [share * (level.argmax(1) == classes).float().mean() for level in logits]
+                passes.append(torch.stack([loss.detach(), *hits]))
+            total, *shares_named = torch.stack(passes).sum(0)
+            if not torch.stack([total, gradient_norm(backbone.parameters())]).isfinite().all():
+                raise diverged(step, f"the loss of the backbone alone is {float(total):g}, and its gradient not finite",
+                               optimizer.param_groups[0]["lr"])  # fmt: skip
             optimizer.step()
             if log_every and step % log_every == 0:
-                named = {
-                    f"named_{index}": round(float((level.argmax(1) == classes).float().mean()), 4)
-                    for index, level in enumerate(logits)
-                }
-                log.append({"backbone_step": step, "backbone_loss": round(float(loss.detach()), 4), **named})
+                named = {f"named_{index}": round(float(one), 4) for index, one in enumerate(shares_named)}
+                log.append({"backbone_step": step, "backbone_loss": round(float(total), 4), **named})
                 shares = ", ".join(f"{100 * share:.0f}" for share in named.values())
                 bar.set_postfix_str(f"loss {log[-1]['backbone_loss']:.4f}, segments named (%): {shares}")
         schedule.step()

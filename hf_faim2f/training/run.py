@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,7 @@ def train(
     # The faster memory layout for convolutions, on CPUs and GPUs.
     model.to(memory_format=torch.channels_last)
     if last is None and recipe.backbone_steps:
-        _train_backbone(trainer, collator, recipe, seed, workers, log_every, out_dir)
+        _train_backbone(trainer, collator, recipe, out_dir)
     if last is None or not (checkpoint_step(last) >= recipe.steps or is_stopped_early(last, patience)):
         try:
             with reading(last):
@@ -355,18 +356,11 @@ def lone_process() -> str | None:
     )
 
 
-def _train_backbone(
-    trainer: FaiM2FTrainer,
-    collator: SegmentationCollator,
-    recipe: Recipe,
-    seed: int,
-    workers: int,
-    log_every: int,
-    out_dir: Path,
-) -> None:
-    """Trains the backbone alone, with labels only. Every process uses the same items, and then gets the weights of the
-    main process."""
+def _train_backbone(trainer: FaiM2FTrainer, collator: SegmentationCollator, recipe: Recipe, out_dir: Path) -> None:
+    """Trains the backbone alone, with labels only. Every process uses the same items, all of each batch, and then gets
+    the weights of the main process. With fp16, which needs a gradient scaler, it trains in float32."""
     model: Any = trainer.model
+    arguments = trainer.args
     kept, main = out_dir / BACKBONE, trainer.is_world_process_zero()
     if kept.is_file():  # the run stopped between these steps and its first checkpoint
         try:
@@ -382,9 +376,11 @@ def _train_backbone(
             labelled_part(trainer.train_dataset),
             collator,
             recipe,
-            seed=seed,
-            workers=workers,
-            log_every=log_every,
+            at_once=arguments.train_batch_size,
+            autocast=trainer.accelerator.autocast if arguments.bf16 else nullcontext,
+            seed=arguments.seed,
+            workers=arguments.dataloader_num_workers,
+            log_every=int(arguments.logging_steps),
             progress=main,
         )
         if main:
@@ -393,7 +389,7 @@ def _train_backbone(
             state = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
             with writing(kept):
                 write_whole(kept, save(state))
-    if trainer.args.world_size > 1:
+    if arguments.world_size > 1:
         for tensor in model.backbone.state_dict().values():
             torch.distributed.broadcast(tensor, 0)
 

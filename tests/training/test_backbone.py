@@ -1,7 +1,9 @@
 """Training a new backbone alone: means over segments match a plain computation, and it learns to classify them."""
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from hf_faim2f.training.run import train
 from hf_faim2f.training.run_folder import BACKBONE, begin_run, last_checkpoint
 from tests.support.reference_models import small_model
 from tests.support.short_training import processor_of, shapes_model
-from tests.support.train_in_processes import Drawn
+from tests.support.train_in_processes import Drawn, frozen_norms
 
 
 @pytest.mark.parametrize("compact", [True, False])
@@ -101,6 +103,45 @@ def test_the_same_seed_trains_the_same() -> None:
         states.append(model.backbone.state_dict())
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_passes_of_a_batch_make_the_steps_of_the_whole_batch() -> None:
+    """Although their numbers of segments differ. Batch norm statistics would depend on the passes."""
+    recipe = Recipe("test", steps=1, batch_size=4, backbone_steps=2, backbone_learning_rate=1e-5)
+    items = striped_items(4)
+    items[0]["segments"][:8], items[0]["classes"], items[0]["crowd"] = 1, torch.tensor([0, 1]), torch.zeros(2).bool()
+    items[1]["segments"][:], items[1]["classes"], items[1]["crowd"] = -1, torch.tensor([]).long(), torch.zeros(0).bool()
+    found, sizes = {}, []
+    for at_once in (None, 4, 3, 1):
+        torch.manual_seed(0)
+        model = frozen_norms(small_model())
+        model.backbone.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        collator = SegmentationCollator(FaiM2FImageProcessor())
+        log = train_backbone(model, items, collator, recipe, at_once=at_once, log_every=1)
+        assert max(sizes) == (at_once or 4)
+        sizes.clear()
+        found[at_once] = log, model.backbone.state_dict()
+    first = found[None][0][0]["backbone_loss"]
+    assert found[4][0] == found[None][0] and first == pytest.approx(math.log(model.config.num_labels), abs=1e-3)
+    assert [log[0]["backbone_loss"] for log, _ in found.values()] == pytest.approx([first] * 4, abs=2e-4)
+    for name, tensor in found[None][1].items():
+        torch.testing.assert_close(found[4][1][name], tensor, rtol=0, atol=0, msg=name)
+        for at_once in (3, 1):
+            torch.testing.assert_close(found[at_once][1][name], tensor, rtol=0, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_trains_its_backbone_in_its_passes_and_precision(tmp_path: Path, precision: str) -> None:
+    model, seen = shapes_model(), []
+
+    def spy(module: Any, arguments: Any, output: Any) -> None:
+        seen.append((len(output.feature_maps[0]), output.feature_maps[0].dtype))
+
+    model.backbone.register_forward_hook(spy)
+    recipe = Recipe("test", steps=1, batch_size=4, backbone_steps=1)
+    train(model, processor_of(model), striped_items(4), None, recipe, tmp_path, per_device_batch_size=2,
+          precision=precision)  # fmt: skip
+    assert seen == [(2, torch.bfloat16 if precision == "bf16" else torch.float32)] * 4  # and 2 passes of the step
 
 
 def test_every_epoch_is_augmented_anew() -> None:
