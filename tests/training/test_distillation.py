@@ -403,10 +403,10 @@ def test_the_teacher_sees_crops_at_the_scale_of_whole_images(
     ],
 )
 def test_the_teacher_sees_a_crop_at_the_scale_of_its_image(teacher: dict[str, Any], size: tuple[int, int]) -> None:
-    """The image of 200x400 has the student's size. The teacher's settings would resize the square crop otherwise."""
+    """The image of 200x400 has the student's size. By the square crop alone, its scale would be another one."""
     crop = crop_item(square_at(5, 20, 200, 400), 0, 0, 40, 80)
     items = [crop, crop_item(crop, 0, 0, 40, 40)]
-    own, other = FaiM2FImageProcessor(size={"height": 200, "width": 400}), FaiM2FImageProcessor(**teacher)
+    own, other = FaiM2FImageProcessor(size={"shortest_edge": 200}), FaiM2FImageProcessor(**teacher)
     batch = DistillationCollator(SegmentationCollator(own), other)(items)
     assert batch["teacher_inputs"]["pixel_mask"].sum((1, 2)).tolist() == [size[0] * size[1], size[0] * size[1] // 2]
 
