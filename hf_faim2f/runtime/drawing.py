@@ -9,16 +9,22 @@ import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from transformers.utils import logging
 
 from ..data.item import Item, binary_masks
 from ..masks import last_on_top
+
+logger = logging.get_logger(__name__)
 
 Color = tuple[int, int, int]  # RGB
 Box = tuple[int, int, int, int]  # x_min, y_min, x_max, y_max in pixels, inclusive
@@ -29,6 +35,12 @@ Box = tuple[int, int, int, int]  # x_min, y_min, x_max, y_max in pixels, inclusi
 HUE_STEP = 0.61803398875
 FIRST_HUE = 0.94
 OPACITY, STUFF_OPACITY, OUTLINE_OPACITY = 0.55, 0.25, 0.9
+# Fonts that Linux, macOS and Windows have, for names that Pillow's own font, which is for ASCII, cannot write.
+FONTS = (
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "segoeui.ttf",
+    "msyh.ttc", "YuGothM.ttc", "malgun.ttf", "Nirmala.ttf", "arial.ttf",
+)  # fmt: skip
+NO_CHARACTER = "\U0010ffff"  # no font has it
 # Minimum font size of labels in pixels, and the divisors of the image's longer side that give the font size and the
 # outline width.
 FONT_SIZE = 12
@@ -156,7 +168,7 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
             name += f" {segments.scores[number].item():.2f}"
         box = placement.place(index + 1, profiles[number].box, name)
         if box is not None:
-            _draw_label(drawn, box, name, colors[index], placement.font)
+            _draw_label(drawn, box, name, colors[index], load_font(name, placement.font_size))
     return drawn
 
 
@@ -220,10 +232,41 @@ def beside(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Imag
     row = Image.new("RGB", (sum(p.width for p in panels) + GAP * (len(panels) - 1), height + heading), "white")
     left = 0
     for panel, caption in zip(panels, captions, strict=True):
-        ImageDraw.Draw(row).text((left + GAP, GAP // 2), caption, fill="black", font=ImageFont.load_default(FONT_SIZE))
+        font = load_font(caption, FONT_SIZE)
+        ImageDraw.Draw(row).text((left + GAP, GAP // 2), caption, fill="black", font=font)
         row.paste(panel, (left, heading))
         left += panel.width + GAP
     return row
+
+
+def load_font(text: str, size: int) -> Any:
+    """A font of this size in pixels that has the characters of a text. If none has all, a warning names them once."""
+    place = None if text.isascii() else _font_file("".join(sorted(set(text) - set(map(chr, range(128))))))
+    return ImageFont.load_default(size) if place is None else ImageFont.truetype(place, size)
+
+
+@lru_cache(maxsize=256)
+def _font_file(characters: str) -> str | None:
+    """The font that has the most of these characters, by its file; None for Pillow's own."""
+    best, fewest = None, characters
+    library = find_spec("matplotlib")  # it comes with supervision, and has a font
+    own = [] if library is None else [str(Path(str(library.origin)).parent / "mpl-data" / "fonts" / "ttf" / FONTS[0])]
+    for place in [*own, *FONTS]:
+        try:
+            font = ImageFont.truetype(place, FONT_SIZE)
+        except OSError:  # not on this machine
+            continue
+        box = bytes(font.getmask(NO_CHARACTER))
+        lacking = "".join(one for one in characters if bytes(font.getmask(one)) == box)
+        if len(lacking) < len(fewest):
+            best, fewest = place, lacking
+        if not lacking:
+            break
+    if fewest:
+        logger.warning_once(
+            f"No font on this machine has {fewest}, which pictures show as boxes: install Noto Sans CJK."
+        )
+    return best
 
 
 def below(rows: Sequence[Image.Image]) -> Image.Image:
@@ -242,10 +285,7 @@ def scaled(image: Image.Image, segments: Segments, longest: int) -> tuple[Image.
     width, height = max(1, round(image.width * factor)), max(1, round(image.height * factor))
     rows, columns = torch.arange(height) * image.height // height, torch.arange(width) * image.width // width
     masks = segments.masks[:, rows][:, :, columns]
-    return (
-        image.resize((width, height), Image.Resampling.BILINEAR),
-        replace(segments, masks=masks),
-    )
+    return image.resize((width, height), Image.Resampling.BILINEAR), replace(segments, masks=masks)
 
 
 @dataclass
@@ -310,13 +350,11 @@ class LabelPlacement:
     """
 
     def __init__(self, on_top: np.ndarray, font_size: int) -> None:
+        self.font_size = font_size
         self.cell = max(1, font_size // 3)
         self.height, self.width = on_top.shape
         self.segments = on_top[self.cell // 2 :: self.cell, self.cell // 2 :: self.cell]  # (rows, columns) of cells
         self.taken = np.zeros(self.segments.shape, dtype=bool)
-        font: Any = ImageFont.load_default(font_size)
-        self.font = font
-        self.line = sum(font.getmetrics())  # the height of a line of text, in pixels
         self.draw = ImageDraw.Draw(Image.new("L", (1, 1)))
 
     def place(self, number: int, box: Box, text: str) -> Box | None:
@@ -327,8 +365,9 @@ class LabelPlacement:
             box: its box.
             text: the label.
         """
-        _, _, right, bottom = self.draw.textbbox((0, 0), text, font=self.font)
-        width, height = int(right) + 2 * PADDING, max(self.line, int(bottom))
+        font = load_font(text, self.font_size)
+        _, _, right, bottom = self.draw.textbbox((0, 0), text, font=font)
+        width, height = int(right) + 2 * PADDING, max(sum(font.getmetrics()), int(bottom))  # the height of a line
         if (box[2] - box[0] + 1) * (box[3] - box[1] + 1) > SMALL * width * height:
             corner = self._inside(number, box, width, height)
         else:

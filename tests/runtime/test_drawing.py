@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_faim2f.runtime import drawing
 from hf_faim2f.runtime.drawing import (
     GAP,
     STUFF_OPACITY,
@@ -19,6 +20,7 @@ from hf_faim2f.runtime.drawing import (
     beside,
     class_color,
     draw_segments,
+    load_font,
     scaled,
     segments_of_item,
     segments_of_map,
@@ -207,6 +209,22 @@ def test_labels_do_not_overlap_and_go_without_where_there_is_no_room() -> None:
     found = [place for place in places if place is not None]
     assert 5 < len(found) < 40
     assert not any(overlap(one, other) for one, other in itertools.combinations(found, 2))
+
+
+def test_names_of_other_languages_are_written_in_a_font_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own font has ASCII only, and shows anything else as a box."""
+    said: list[str] = []
+    monkeypatch.setattr(drawing.logger, "warning_once", said.append)
+    drawing._font_file.cache_clear()
+    for text in ("traffic light 0.97", "Straße", "año", "дорога", "κτίριο"):
+        font = load_font(text, FONT)
+        box = bytes(font.getmask("\U0010ffff"))
+        assert [one for one in text if not one.isspace() and bytes(font.getmask(one)) == box] == []
+    assert not said
+    load_font("tree \u0378", FONT)  # a code point that Unicode has not assigned
+    assert len(said) == 1 and "has \u0378, which pictures show as boxes" in said[0]
+    drawn = [np.asarray(draw_segments(GRAY, halves(), {3: name, 7: name})) for name in ("aa", "ää", "öö")]
+    assert not np.array_equal(drawn[1], drawn[2]) and not np.array_equal(drawn[0], drawn[1])
 
 
 def test_a_label_without_room_or_segment_is_left_out() -> None:
