@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from ..data.check import shared_note
+from ..data.check import shared_images, shared_note
 from ..data.collate import SegmentationCollator, TrainingItems
 from ..data.counts import class_table, evaluation_notes, number_of, query_note, training_notes
 from ..data.formats import dataset_type, find_format
@@ -163,6 +163,7 @@ def _about(prepared: TrainRun) -> TrainedOn:
         evaluation_images=len(measured.items),
         left_out=prepared.left_out,
         is_whole=settings.eval_limit is None,
+        shared=prepared.shared,
         started_from=started,
         license=settings.license,
         teacher=None if prepared.teacher is None else prepared.teacher.short_name,
@@ -197,10 +198,12 @@ def _announce(prepared: TrainRun) -> None:
     too_many = query_note(prepared.counts["train"], prepared.start.model.config.num_queries)
     shared = []
     if is_main_process():
-        shared.append(shared_note(learned, measured))
+        prepared.shared = len(found := shared_images(learned, measured))
+        shared.append(shared_note(found))
         if prepared.unlabelled is not None:
             unlabelled = replace(learned, items=prepared.unlabelled)
-            shared.append(shared_note(unlabelled, measured, f"in {settings.unlabelled}, where the teacher labels them"))
+            where = f"in {settings.unlabelled}, where the teacher labels them"
+            shared.append(shared_note(shared_images(unlabelled, measured), where))
     for note in [
         *training_notes(prepared.counts["train"]),
         *filter(None, shared),

@@ -154,6 +154,7 @@ class TrainRun:
     notes: list[str]
     teacher: Teacher | None = None
     unlabelled: UnlabelledImages | None = None
+    shared: int = 0  # number of evaluation images that are training images, too; found later
 
     @property
     def items(self) -> Any:

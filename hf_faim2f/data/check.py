@@ -349,9 +349,8 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def shared_note(train: OpenData, evaluation: OpenData, where: str = "in the training data") -> str | None:
-    """A sentence about images that are in both parts, or None. `where` names the first part in the sentence."""
-    names = shared_images(train, evaluation)
+def shared_note(names: Sequence[str], where: str = "in the training data") -> str | None:
+    """A sentence about evaluation images that `shared_images` found in another part, or None if there are none."""
     if not names:
         return None
     named = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")

@@ -88,6 +88,7 @@ class TrainedOn:
         evaluation_split, evaluation_images: the evaluation split and its number of images.
         left_out: number of images that could not be read.
         is_whole: whether the whole split was evaluated. If not, the card omits the metrics.
+        shared: number of evaluation images whose files are also in the training split.
         started_from: the name or Hub id of the initial model.
         license: the Hub license id of the weights; None to leave it open.
         teacher: the name or Hub id of the model that it also learned from; never a local path.
@@ -103,6 +104,7 @@ class TrainedOn:
     evaluation_images: int
     left_out: int = 0
     is_whole: bool = True
+    shared: int = 0
     started_from: str | None = None
     license: str | None = None
     teacher: str | None = None
@@ -112,7 +114,7 @@ class TrainedOn:
     @property
     def is_on_training(self) -> bool:
         """Whether the evaluation is on images of the training, so that the card omits the metrics."""
-        return is_on_training(self.evaluation_split, self.split)
+        return self.shared > 0 or is_on_training(self.evaluation_split, self.split)
 
 
 def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:

@@ -131,9 +131,25 @@ def test_results_on_images_of_the_training_are_not_in_the_card(
     results = json.loads((tmp_path / "out" / "log.json").read_text())["results"]
     assert results["semantic"]["mIoU"] >= 0
     about = TrainedOn("flowers", "flowers", "train", 6, "val", 3)
-    assert not about.is_on_training
+    assert not about.is_on_training and replace(about, shared=1).is_on_training
     for split, evaluated in (("all", "val"), ("train", "all"), ("train", "train"), ("val", "val")):
         assert replace(about, split=split, evaluation_split=evaluated).is_on_training
+
+
+def test_results_on_copies_of_training_images_are_not_in_the_card(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under another name in a split of its own."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(places["data"], data)
+    for folder in ("images", "masks"):
+        first = min((data / "train" / folder).iterdir())
+        shutil.copy(first, data / "val" / folder / f"copy{first.suffix}")
+    assert main(command({**places, "data": str(data)}, out, "--steps", "1")) == 0
+    said = capsys.readouterr().out
+    assert "1 evaluation image is also in the training data" in said
+    assert "The card omits them, as val may have images of the training." in said
+    assert ModelCard((out / "final" / "README.md").read_text()).data.eval_results is None
 
 
 def test_a_broken_image_in_the_evaluation_leaves_final(
