@@ -160,6 +160,28 @@ def test_cvats_palette_masks_are_read_by_color(tmp_path: Path) -> None:
         assert found[1, 5] == car_index and (found[classes == 255] == -1).all()
 
 
+def test_a_class_called_void_is_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formats with a value or color for each name ignore it; here, names are of the values 0, 1, ..."""
+    said: list[str] = []
+    monkeypatch.setattr(readers.folder.logger, "warning_once", said.append)
+    save(tmp_path / "train" / "a.png", photo(SIDE, SIDE))
+    save(tmp_path / "trainannot" / "a.png", np.resize(np.array([0, 1, 2], np.uint8), (SIDE, SIDE)))
+
+    def found(names: str, **more: Any) -> list[int]:
+        (tmp_path / "labels.txt").write_text(names.replace(" ", "\n"))
+        data = open_data("camvid", DataSource(str(tmp_path), **more), "train")
+        return class_map(data.items[0]).unique().tolist()
+
+    assert found("sky road car") == [0, 1, 2] and not said
+    assert found("sky road Void") == [0, 1, 2]
+    assert (
+        "'Void' is learned and measured" in said[0]
+        and "leave it out of the labels and pass --ignore-index 2" in said[0]
+    )
+    assert found("sky road", ignore_index=2) == [-1, 0, 1]
+    assert found("unlabelled road car") == [0, 1, 2] and "renumber the masks, with 255 in its place" in said[-1]
+
+
 def test_palettes_are_read_by_index_unless_colors_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A palette with some of VOC's colors renames no class, and says so where all of an image are VOC's."""
     voc(tmp_path)

@@ -25,12 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from transformers.utils import logging
 
 from ...errors import DatasetError
 from ...files import read_text
 from ..dataset import ROW_FEATURES, Description, Problems, Task, lazy_dataset
 from ..files import LABELS_FILE, AnnotationFrame, check_regular, file_source, list_images
+from ..item import WHITE
 from .maps import (
+    NO_CLASS,
     InstanceMapReader,
     MapReader,
     SemanticMapReader,
@@ -38,6 +41,8 @@ from .maps import (
     refuse_ignored_class,
     refuse_ignored_white,
 )
+
+logger = logging.get_logger(__name__)
 
 
 def load_folder(
@@ -89,13 +94,21 @@ def describe_maps(
     skipped: tuple[str, ...] = (),
     annotation_frame: AnnotationFrame | None = None,
 ) -> Description:
-    """The metadata of a dataset with one map per image.
+    """The metadata of a dataset with one map per image. Warns of a class that may stand for no class, such as "void".
 
     Raises:
         ValueError: the task is "panoptic".
     """
     if task == "panoptic":
         raise ValueError("One map per image cannot represent panoptic segmentation here: use 'semantic' or 'instance'.")
+    for index, label in enumerate(labels):
+        if label.strip().lower() in NO_CLASS:
+            is_last = index == len(labels) - 1
+            remedy = f"pass --ignore-index {index}" if is_last else f"renumber the masks, with {WHITE} in its place"
+            logger.warning_once(
+                f"{name}: {label!r} is learned and measured like any other class: if it means that there is none, "
+                f"leave it out of the labels and {remedy}."
+            )
     things = frozenset(range(len(labels))) if task == "instance" else frozenset()
     return Description(name, task, labels, things, skipped, annotation_frame=annotation_frame)
 

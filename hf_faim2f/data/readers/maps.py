@@ -22,6 +22,8 @@ from ..item import INSTANCES_PER_CLASS, WHITE, Item, SegmentCounts, index_values
 
 # The value of the object in binary masks with 8 or 16 bits.
 WHITES = (WHITE, 65535)
+# Names of pixels without a class, in formats that name them.
+NO_CLASS = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled", "_void_")
 # Number of images to inspect to decide whether a dataset has binary masks, or boxes in place of outlines.
 MOST_INSPECTED = 64
 

@@ -20,7 +20,7 @@ from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold
 from ..files import LABELS_FILE, AnnotationFrame, Source, read_colors, read_small_text, source_name
 from ..item import WHITE, index_values
 from .folder import load_folder, paired_maps, read_labels
-from .maps import IgnoredWhiteError, MapReader, Segments, table_of
+from .maps import NO_CLASS, IgnoredWhiteError, MapReader, Segments, table_of
 
 Color = tuple[int, int, int]
 
@@ -32,7 +32,6 @@ VOC_CLASSES = (
 )  # fmt: skip
 # The color of borders (index 255) in Pascal VOC's color map.
 VOC_BORDER = (224, 224, 192)
-NO_CLASS = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled", "_void_")
 _FIRST = re.compile(r"^(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\S.*)$")
 _LAST = re.compile(r"^(\S.*?)[\s,:;=]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})(?:\s*:.*)?$")
 _NUMBER_FIRST = re.compile(r"^(\d{1,3})[\s,:;]+(\S.*)$")

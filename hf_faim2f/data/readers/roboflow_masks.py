@@ -28,8 +28,7 @@ from ...masks import ROBOFLOW_END as END
 from ..dataset import ROW_FEATURES, Description, Problems, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import AnnotationFrame, Source, file_source, list_images, read_map, read_small_text, source_name
 from ..item import WHITE, index_values
-from .maps import IgnoredWhiteError, Segments, SemanticMapReader, refuse_ignored_white, table_of
-from .palette import NO_CLASS
+from .maps import NO_CLASS, IgnoredWhiteError, Segments, SemanticMapReader, refuse_ignored_white, table_of
 
 logger = logging.get_logger(__name__)
 

@@ -32,8 +32,8 @@ from ...files import files_below
 from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import IMAGE_SUFFIXES, SUFFIXES_TRIED, AnnotationFrame, file_source, is_json_with
 from .coco import CocoInstanceReader
+from .maps import NO_CLASS
 from .outlines import BACKGROUNDS
-from .palette import NO_CLASS
 from .supervisely_document import META, WITHOUT_AREA, read_annotation, read_meta, run_lengths_of
 
 logger = logging.get_logger(__name__)
