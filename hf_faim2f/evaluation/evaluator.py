@@ -66,7 +66,8 @@ def choose_subtasks(description: Description, wanted: Sequence[str] | None) -> t
 def check_classes(name: str, config: FaiM2FConfig, description: Description, by_ids: bool = False) -> list[str]:
     """Checks by their names that the class ids of a model and of the data mean the same.
 
-    Names that differ only in case, spaces, hyphens and underscores are the same.
+    Names that differ only in case, spaces, hyphens and underscores are the same, unless those of one side differ only
+    in this.
 
     Args:
         name: the model, for messages.
@@ -87,6 +88,8 @@ def check_classes(name: str, config: FaiM2FConfig, description: Description, by_
             "this data."
         )
     mine, theirs = ([SIGNS.sub("", label.casefold()) for label in labels] for labels in (own, description.labels))
+    if len(set(mine)) < len(own) or len(set(theirs)) < len(own):  # some differ only in this
+        mine, theirs = own, list(description.labels)
     differing = [index for index, (one, other) in enumerate(zip(mine, theirs, strict=True)) if one != other]
     if not differing:
         return []

@@ -19,8 +19,10 @@ from PIL import Image
 
 from hf_faim2f import FaiM2FConfig, FaiM2FImageProcessor
 from hf_faim2f.cli import evaluate, main
+from hf_faim2f.data.dataset import Description
 from hf_faim2f.data.formats import FORMATS, DataSource, open_data
-from hf_faim2f.evaluation.evaluator import Evaluator
+from hf_faim2f.errors import ModelError
+from hf_faim2f.evaluation.evaluator import Evaluator, check_classes
 from hf_faim2f.hub.card import model_card
 from hf_faim2f.hub.card_facts import Training
 from hf_faim2f.hub.results import (
@@ -548,6 +550,10 @@ def test_other_names_of_as_many_classes_are_noted(
     assert "compared by their ids (names that differ: 1 of 4)" in printed
     assert main(command(trees, model, tmp_path / "out", "folder", "--labels", "Ground,square_,DISC,bar")) == 0
     assert "by their ids" not in capsys.readouterr().out
+    config = small_model(id2label={0: "cat", 1: "Cat", 2: "dog"}).config  # unless names differ only in this
+    with pytest.raises(ModelError, match="Class 0 is 'cat' in m, but 'Cat' in data: both have the same labels, in ano"):
+        check_classes("m", config, Description("data", "semantic", ("Cat", "cat", "dog")))
+    assert not check_classes("m", config, Description("data", "semantic", ("cat", "Cat", "dog")))
     for labels in ("petal,leaf,stem,root", "square,ground,disc,bar"):
         assert main(command(trees, model, tmp_path / "out", "folder", "--labels", labels, "--by-ids")) == 0
         assert "Class 0 is 'ground' in" in capsys.readouterr().out
