@@ -10,7 +10,7 @@ import torch
 
 from hf_faim2f.data import DatasetError, class_map, describe, load_ade20k_parquet, load_hub
 from hf_faim2f.data.dataset import reader_of
-from hf_faim2f.data.readers.hub import in_split
+from hf_faim2f.data.readers.hub import files_of_split, in_split
 from hf_faim2f.errors import MissingPartError
 from tests.support.hub_data import MASK, memory, png, rows, write_parquet
 from tests.support.image_files import photo, save
@@ -73,6 +73,15 @@ def test_the_split_of_a_file(split: str, names: list[str]) -> None:
              "fold1/test-0.parquet", "fold10/0.parquet", "train1/0.parquet", "train1-0.parquet", "train10/0.parquet",
              "train10-0.parquet"]  # fmt: skip
     assert [name for name in files if in_split(Path(name).parts, split)] == names
+
+
+@pytest.mark.parametrize("name", ["valid", "val", "dev"])
+def test_a_split_may_have_another_usual_name(name: str, tmp_path: Path) -> None:
+    files = [tmp_path / f"{split}.parquet" for split in ("train", name, "test")]
+    assert files_of_split(files, tmp_path, "validation") == [files[1]]
+    files.append(tmp_path / "validation-0.parquet")  # the name itself comes first
+    assert files_of_split(files, tmp_path, "validation") == [files[3]]
+    assert files_of_split(files[:1], tmp_path, "validation") == []
 
 
 def test_bytes_columns(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ...errors import DatasetError, MissingPartError
 from ...files import files_below, place_of
-from ..dataset import IMAGE_FEATURE, ItemReader, Problems, Task, kind_of_part, source_of
+from ..dataset import IMAGE_FEATURE, PARTS, ItemReader, Problems, Task, kind_of_part, source_of
 from ..files import AnnotationFrame, check_regular
 from ..item import Item, SegmentCounts
 from .folder import describe_maps, map_reader
@@ -238,10 +238,15 @@ def _parquet_files(source: str | Path | Sequence[str | Path], split: str | None)
 
 
 def files_of_split(files: Sequence[Path], root: Path, split: str) -> list[Path]:
-    """The files of a split in a folder, by their paths in it (see `in_split`), or else by the folder's own name too."""
-    found = [file for file in files if in_split(file.relative_to(root).parts, split)]
+    """The files of a split in a folder, by their paths in it (see `in_split`), or else by another name of the same
+    part, such as `valid` for "validation", or by the folder's own name too."""
     own = Path(os.path.abspath(root)).name
-    return found or [file for file in files if in_split((own, *file.relative_to(root).parts), split)]
+    same = [name for name in PARTS.get(kind_of_part(split) or "", ()) if name != split]
+    for folders, name in [((), split), *(((), name) for name in same), ((own,), split)]:
+        found = [file for file in files if in_split((*folders, *file.relative_to(root).parts), name)]
+        if found:
+            return found
+    return []
 
 
 def in_split(parts: Sequence[str], split: str) -> bool:
