@@ -356,26 +356,27 @@ def check_new_folder(out_dir: Path, error: type[Exception]) -> None:
         raise error(f"{out_dir.parent} is not a folder; make it first, or name another place for {out_dir.name}.")
 
 
-def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "") -> None:
+def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "", flag: str = "--out") -> None:
     """Checks, before any work is done, that an `--out` folder is new or empty, and can be written.
 
     Args:
         out_dir: the folder.
         error: the exception class to raise otherwise.
         or_else: another remedy for the message about a folder that is not empty, such as ", or pass --overwrite".
+        flag: what names the folder on the command line.
     """
     if out_dir.exists() and not out_dir.is_dir():
-        raise error(f"{out_dir} is a file: choose another folder for --out.")
+        raise error(f"{out_dir} is a file: choose another folder for {flag}.")
     if out_dir.is_dir() and any(out_dir.iterdir()):
-        raise error(f"{out_dir} is not empty: choose a new folder for --out{or_else}.")
-    check_writable(out_dir, error)
+        raise error(f"{out_dir} is not empty: choose a new folder for {flag}{or_else}.")
+    check_writable(out_dir, error, flag)
 
 
-def check_writable(out_dir: Path, error: type[Exception]) -> None:
-    """Raises `error` if an `--out` folder can be neither written nor made."""
+def check_writable(out_dir: Path, error: type[Exception], flag: str = "--out") -> None:
+    """Raises `error` if a folder to write can be neither written nor made; `flag` is as in `check_empty_folder`."""
     place = next(filter(os.path.lexists, (out_dir.absolute(), *out_dir.absolute().parents)))  # also a link to nothing
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise error(f"{place} is not a folder that can be written: choose another place for --out.")
+        raise error(f"{place} is not a folder that can be written: choose another place for {flag}.")
 
 
 @contextmanager

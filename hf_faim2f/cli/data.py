@@ -22,7 +22,6 @@ from ..model.channels_faim2f import picture_of
 from ..runtime.drawing import below, beside, draw_segments, scaled, segments_of_item
 from .output import (
     DONE,
-    INTERRUPTED,
     MISTAKES,
     SOME_LEFT_OUT,
     interrupted,
@@ -136,7 +135,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         except MISTAKES as error:
             return mistake(program, error)
         except KeyboardInterrupt:
-            return interrupted(program, "nothing was written.") if words[0] == "convert" else INTERRUPTED
+            return interrupted(program, "nothing was written.")
 
 
 def _check(settings: CheckSettings, emit: Callable[[Any], None]) -> int:
@@ -234,20 +233,27 @@ def _draw(settings: CheckSettings, report: check.Report, parts: dict[str, OpenDa
 
 
 def _convert(settings: ConvertSettings, emit: Callable[[Any], None]) -> int:
+    if settings.annotations and settings.out is None and not Path(str(settings.data)).is_dir():
+        settings = replace(settings, data=None, out=settings.data)  # the only folder to name is that to write
     require(settings, "out", "to", positional=["out"])
     settings = settings.resolved()
     if settings.format == "digits":
         raise SettingsError("Scenes of digits are generated as they are read: there is nothing to convert.")
     out = Path(str(settings.out))
-    check_empty_folder(out, SettingsError)
+    check_empty_folder(out, SettingsError, flag="OUT")
     opened, findings = check.open_parts(str(settings.format), settings.source((None, None)))
     # A dataset without splits is split in the same way as for training.
-    if set(opened) == {"all"}:
+    is_file = set(opened) == {"all"} and settings.format == "hub"
+    if is_file:
+        parts = {"train": opened["all"]}
+    elif set(opened) == {"all"}:
         source, names = settings.source((None, None)), ("train", "val")
         parts = {name: check.open_part(str(settings.format), source, name) for name in names}
     else:
         parts = {kind_of_part(name) or name: data for name, data in opened.items()}
     notes = [finding.text for finding in findings]
+    if is_file:
+        notes.append(f"{settings.data} is a single file, not divided into parts: all of it becomes train.")
     if unread := check.unread_note(settings.data, parts):
         notes.append(unread)
     left_out: list[str] = []

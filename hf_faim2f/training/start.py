@@ -83,7 +83,9 @@ def start_model(
     Raises:
         ModelError: the model cannot be used, or its labels differ from those of the dataset.
     """
-    if from_scratch and (name not in NEW_MODELS or Path(name).is_dir()):
+    if from_scratch and name in NEW_MODELS and Path(name).is_dir():
+        raise ModelError(f"{name} is a folder here, and an architecture to train from scratch: rename the folder.")
+    if from_scratch and name not in NEW_MODELS:
         raise ModelError(f"{name} is not an architecture to train from scratch: choose from {', '.join(NEW_MODELS)}.")
     if is_new(name, from_scratch or backbone is not None):
         return _with_channels(_new(name, description, backbone, image_size, queries, channels), channels)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.cli import data as data_command
 from hf_faim2f.cli import main
 from hf_faim2f.cli.data import build_parser
 from hf_faim2f.cli.parser import subcommands
@@ -168,7 +169,7 @@ def test_mistakes_of_use_are_one_sentence(tmp_path: Path, capsys: pytest.Capture
         (["convert", str(root), "--to", "coco"], "out is missing: pass OUT, or write"),
         (["convert", str(root), str(tmp_path / "out")], "to is missing"),
         (["convert", str(root), str(tmp_path / "out"), "--to", "png"], "must be one of coco, yolo, masks"),
-        (["convert", str(root), str(tmp_path / "full"), "--to", "coco"], "is not empty"),
+        (["convert", str(root), str(tmp_path / "full"), "--to", "coco"], "is not empty: choose a new folder for OUT."),
         (["check", "--format", "digits"], "nothing to check"),
     ]
     for words, expected in cases:
@@ -261,6 +262,33 @@ def test_a_parquet_file_is_one_part(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = next(write_tree("hub", tmp_path / "data").rglob("*val*.parquet"))
     more = ["--labels", ",".join(LABELS), "--draw", "0", "--allow", "absent"]
     assert list(check(capsys, path, *more, status=0)["parts"]) == ["all"]
+    out = tmp_path / "out"
+    assert main(["data", "convert", str(path), str(out), *more[:2], "--to", "masks", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["images"] == {"train": 2} and "is a single file" in document["notes"][0]
+    assert not (out / "val").exists()
+
+
+def test_only_the_folder_to_write_is_named_beside_annotations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = write_tree("coco", tmp_path / "data"), tmp_path / "out"
+    source = ["--annotations", str(root / "train" / "_annotations.coco.json"), "--images", str(root / "train")]
+    assert main(["data", "convert", str(out), *source, "--to", "masks"]) == 0
+    assert f"Written: {out}" in capsys.readouterr().out and (out / "train").is_dir()
+    assert main(["data", "convert", *source, "--to", "masks"]) == 2
+    assert "out is missing: pass OUT" in capsys.readouterr().err
+
+
+def test_an_interrupted_check_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data_command, "_check", stop)
+    assert main(["data", "check", str(tmp_path)]) == 130
+    assert "faim2f data check: interrupted" in capsys.readouterr().err
 
 
 def test_unread_images_in_the_folder_itself_are_named_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,7 +174,7 @@ def test_models_of_the_hub_have_no_folder_to_write_to(capsys: pytest.CaptureFixt
 
 
 def test_training_starts_with_published_weights_or_from_scratch(
-    mirror: WeightsServer, monkeypatch: pytest.MonkeyPatch
+    mirror: WeightsServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(start_module, "NEW_MODELS", (*start_module.NEW_MODELS, TINY))
     flowers = Description("flowers", "semantic", ("petal", "leaf"))
@@ -191,6 +191,10 @@ def test_training_starts_with_published_weights_or_from_scratch(
     assert not torch.equal(own.get_parameter(name), random.get_parameter(name))
     with pytest.raises(ModelError, match="is not an architecture to train from scratch: choose from fai-m2f-s-ade"):
         start_model("someone/something", flowers, from_scratch=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / TINY).mkdir()
+    with pytest.raises(ModelError, match=f"{TINY} is a folder here, .* architecture .*: rename the folder"):
+        start_model(TINY, flowers, from_scratch=True)
 
 
 def test_training_on_a_published_backbone(mirror: WeightsServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -366,6 +366,11 @@ def test_an_interrupted_run_leaves_whole_annotations_and_says_what_it_left_out(
     monkeypatch.setattr(Predictor, "_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert predict(model_folder, photos, *words) == 130
     assert not (out / "left_out.txt").exists()
+    monkeypatch.undo()
+    (out / "annotations").mkdir(exist_ok=True)
+    capsys.readouterr()
+    assert predict(model_folder, photos / "a" / "x.png", "--out", out, "--overwrite") == 0
+    assert f"{out / 'annotations'} has the labels of an earlier run, not of these" in capsys.readouterr().out
 
 
 def test_files_are_written_beside_the_network(
