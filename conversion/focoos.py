@@ -42,7 +42,7 @@ def convert(checkpoint: Path, out_dir: Path, info: str, published: bool = False)
         digest,
         described.started_from,
         model=name if is_member and not published else None,
-        published=published or None,
+        published=published,
     )
     write_model_folder(out_dir, name, model, described.processor, provenance)
     return ConvertedModel(name, described.notes)

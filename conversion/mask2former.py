@@ -19,6 +19,7 @@ from hf_faim2f.family.presets import stuff_of
 from hf_faim2f.files import check_new_folder, read_object, read_text
 from hf_faim2f.hub.card import Provenance
 from hf_faim2f.hub.results import CARD
+from hf_faim2f.hub.sections import parse_card
 from hf_faim2f.model.configuration_faim2f import POSTPROCESSING_TYPES, FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.image_settings_faim2f import BILINEAR
@@ -281,8 +282,10 @@ def convert(source: str, out_dir: Path, subtask: str | None = None, name: str | 
     provenance = Provenance("model.safetensors", digest, library="transformers", model=name, error=error)
     try:
         card = read_text(folder / CARD) if (folder / CARD).is_file() else ""
+        parse_card(card)
     except ValueError as reason:
-        raise ConversionError(f"{folder / CARD}: {reason}.") from reason
+        notes.append(f"the model card of the source is not kept ({first_line(reason, kind=False)})")
+        card = ""
     write_model_folder(out_dir, out_dir.name, model, processor, provenance, before=card)
     return ConvertedModel(short, notes, error)
 
@@ -302,8 +305,7 @@ def _folder_of(source: str) -> Path:
 
 
 def _load(source: str, folder: Path) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, Any], str, list[str]]:
-    """The model, the settings of its image processor as transformers reads them, the SHA-256 of the names and values of
-    its weights, and the names of weights that transformers does not use.
+    """The model, its image processor's settings, the SHA-256 of its weights, and the names of weights that are unused.
 
     Args:
         source: its name in messages.

@@ -81,7 +81,7 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
     model = build_model(ours, converted, str(source))
     published = zoo_model_of(md5) is not None
     provenance = Provenance(
-        source.name, sha256_of(source), library="Mask2Former", model=described.name, published=published or None
+        source.name, sha256_of(source), library="Mask2Former", model=described.name, published=published
     )
     license = ZOO_LICENSE_ID if published else None
     write_model_folder(out_dir, out_dir.name, model, processor, provenance, license=license)

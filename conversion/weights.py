@@ -38,8 +38,8 @@ INPUT_PROJECTION = re.compile(r"transformer_decoder\.input_projections\.(\d)\.")
 # as much memory as a number in the file says, such as `bytearray`.
 ALLOWED_NAMES = re.compile(
     r"torch\.(\w+Storage|Size|device|bool|[a-z]+\d+\w*)|torch\.serialization\._get_layout|"
-    r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter|sparse_tensor|meta_tensor_no_storage)|"
-    r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.set"
+    r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state|sparse_tensor|meta_tensor_no_storage)|"
+    r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex)|_codecs\.encode"
 )
 # The entries with a checkpoint's weights (the second is Lightning's), and those with their moving averages in training,
 # which need not have the buffers.

@@ -202,12 +202,10 @@ def _introduction(task: str, config: FaiM2FConfig, provenance: Provenance | None
             "gives the same results, exports to ONNX and TensorRT, and has faster post-processing."
         )
     if provenance is not None and provenance.library == "Mask2Former":
-        source = (
-            "of the original repository" if provenance.published else "trained with the code of the original repository"
-        )
+        source = "of" if provenance.is_published else "trained with the code of"
         return (
-            f"Mask2Former for {what}, converted from a checkpoint {source} (facebookresearch/Mask2Former, "
-            f"`{plain(provenance.model)}`) to Hugging Face transformers."
+            f"Mask2Former for {what}, converted from a checkpoint {source} the original repository "
+            f"(facebookresearch/Mask2Former, `{plain(provenance.model)}`) to Hugging Face transformers."
         )
     kinds = {
         "deformable": "Mask2Former with multi-scale deformable attention.",
@@ -222,7 +220,7 @@ def _introduction(task: str, config: FaiM2FConfig, provenance: Provenance | None
         data = f" with the {len(preset.labels)} classes of {DATASETS[preset.dataset].name}"
         summary = f" ({preset.summary})"
     model = "BiSeNetFormer" if config.pixel_decoder_type == "bisenet" else "FAI-M2F"
-    source = "Focoos's checkpoint" if provenance.published else "a checkpoint trained with Focoos's library"
+    source = "Focoos's checkpoint" if provenance.is_published else "a checkpoint trained with Focoos's library"
     member = f" that of {plain(provenance.model)}:" if provenance.model else ""
     return (
         f"{model} for {what}{data}, converted from {source}{summary} to Hugging Face transformers. The architecture is"
@@ -305,7 +303,7 @@ def _training(
             f"{HOLE}: describe the training data and the training here, and remove the comment above. `run.yaml` and "
             "`log.json` of the run have the details."
         )
-    owner = "Focoos" if provenance.library == "Focoos" and provenance.published else "the authors of the source"
+    owner = "Focoos" if provenance.library == "Focoos" and provenance.is_published else "the authors of the source"
     lines = []
     if preset is not None:
         dataset = DATASETS[preset.dataset]

@@ -96,8 +96,8 @@ class Provenance:
             published model with the same configuration.
         error: the largest difference from the source's logits, relative to the largest logit; None if not measured.
         converter: the converting program and its version.
-        published: True if the file is one that the model's authors published, by its digest or its download, so that
-            their figures are those of these weights; else None.
+        published: whether the file is one that the model's authors published, by its digest or its download, so that
+            their figures are those of these weights; None if the converter, an earlier version, did not say.
     """
 
     file: str
@@ -108,6 +108,11 @@ class Provenance:
     error: float | None = None
     converter: str = f"hf_faim2f {__version__}"
     published: bool | None = None
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the weights are not known to be a stranger's."""
+        return self.published is not False
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ def read_provenance(card: str) -> Provenance | None:
     error = found.get("error", 0.0)
     if not all(isinstance(word, str) for word in words) or not isinstance(error, (int, float)):
         return None
-    if found.get("published", True) is not True:
+    if not isinstance(found.get("published", True), bool):
         return None
     started_from = found.get("started_from", {})
     return Provenance(**{**found, "started_from": started_from if isinstance(started_from, dict) else {}})
@@ -191,7 +196,7 @@ def includes_training(card: str, data: str, split: str, may_be_file: bool = Fals
 def family_member(name: str, config: FaiM2FConfig, provenance: Provenance | None) -> Preset | None:
     """The family member whose published weights these are, by the model's name, labels and source; None if none."""
     preset = FAMILY.get(ALIASES.get(name, name))
-    if preset is None or provenance is None or provenance.library != "Focoos" or not provenance.published:
+    if preset is None or provenance is None or provenance.library != "Focoos" or not provenance.is_published:
         return None
     labels = [config.id2label[index] for index in sorted(config.id2label)]
     return preset if labels == preset.labels else None
@@ -211,7 +216,7 @@ def set_license(data: Any, license: str | None, provenance: Provenance | None) -
             data.license_name = data.license_link = None
     elif data.license is None and provenance is not None:
         data.license = "other"
-        if provenance.library == "Focoos" and provenance.published:
+        if provenance.library == "Focoos" and provenance.is_published:
             data.license_name, data.license_link = FOCOOS_LICENSE, FOCOOS_URL
         else:
             data.license_name = SOURCE_LICENSE

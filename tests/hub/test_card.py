@@ -181,7 +181,7 @@ def test_a_fine_tuned_model_does_not_borrow_figures() -> None:
     for config, source in (
         (load_config(name), None),
         (load_config(name, num_labels=3), SOURCE),
-        (load_config(name), Provenance("model_final.pth", SHA, model=name)),
+        (load_config(name), Provenance("model_final.pth", SHA, model=name, published=False)),
         (load_config(name), Provenance("w", SHA, library="transformers", model=name, error=1e-6)),
     ):
         card = model_card(name, config, source)
@@ -401,14 +401,17 @@ def test_only_generated_snippets_are_edited_and_line_endings_stay() -> None:
 
 def test_weights_of_a_stranger_are_not_the_published_ones() -> None:
     name = "fai-mf-m-ade"
-    own = model_card(name, load_config(name), Provenance("model_final.pth", SHA, model=name))
+    own = model_card(name, load_config(name), Provenance("model_final.pth", SHA, model=name, published=False))
     assert "converted from a checkpoint trained with Focoos's library to Hugging Face transformers" in own
     assert f"The architecture is that of {name}: Mask2Former with" in own and "trained by the authors" in own
     assert "public.focoos.ai" not in own and ModelCard(own).data.license_name == "as-the-source"
-    for published, told in ((True, "a checkpoint of the original repository"), (None, "trained with the code of the")):
+    for published, told in ((True, "a checkpoint of the original repository"), (False, "trained with the code of the")):
         source = Provenance("model.pkl", SHA, library="Mask2Former", model="leaf", published=published)
         card = model_card("tiny", small_config(), source)
         assert told in card and read_provenance(card) == source
+    # A card of an earlier version does not say, and keeps its figures.
+    before = model_card(name, load_config(name), Provenance("model_final.pth", SHA))
+    assert "45.32" in before and ModelCard(before).data.license_name == "focoos"
 
 
 def test_mask2former_s_card_cites_its_own() -> None:
