@@ -268,7 +268,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             ValueError: a setting was changed to an invalid value; the message names it.
         """
         # transformers 4.57 saves "_processor_class" without its underscore; 5.x has no such attribute.
-        names = [*parameters_of(type(self), BaseImageProcessor), FUSE_AMONG, "auto_map", "_processor_class"]
+        names = [*SETTINGS, *parameters_of(type(self), BaseImageProcessor), FUSE_AMONG, "auto_map", "_processor_class"]
         values = {name: copy.deepcopy(getattr(self, name, None)) for name in names}
         values |= {name: check(name, values[name]) for name, check in SETTINGS.items() if values[name] is not None}
         values[MASK_STRIDE] = None if self.mask_stride == USUAL_STRIDE else self.mask_stride

@@ -81,11 +81,13 @@ def masks_in_frame(
     """
     if any(not isinstance(mask, Tensor) or mask.ndim not in (2, 3) for mask in masks):
         return masks  # `SegmentTargets` says what is wrong with them
+    if all(mask.shape[-2:] == frame for mask in masks):
+        return masks
     # Masks of an image without segments may have any size.
     shapes = [tuple(mask.shape[-2:]) if mask.ndim == 2 or len(mask) else None for mask in masks]
     known = [shape for shape in shapes if shape is not None]
-    if not known or all(shape == frame for shape in shapes):
-        return masks
+    if all(shape == frame for shape in known):
+        return [_padded(mask, shape, frame) for mask, shape in zip(masks, shapes, strict=True)]
     for i, shape in enumerate(shapes):
         if shape == frame[::-1] and shape != frame:
             raise ValueError(
@@ -117,8 +119,8 @@ def masks_in_frame(
 
 def _padded(mask: Tensor, shape: tuple[int, ...] | None, size: tuple[int, int]) -> Tensor:
     """A mask (n, h, w) or a map of segment ids (h, w), padded with pixels of no segment at the bottom and right."""
-    if shape is None:
-        return mask.new_zeros((0, *size))
+    if shape is None or shape == size:
+        return mask if shape == size else mask.new_zeros((0, *size))
     if mask.ndim == 2 and not mask.dtype.is_signed:
         mask = mask.to(torch.int32)
     missing = (0, size[1] - shape[1], 0, size[0] - shape[0])

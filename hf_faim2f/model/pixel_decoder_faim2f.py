@@ -112,18 +112,20 @@ class FaiM2FPixelDecoder(nn.Module):
             coarsest = self._encode(coarsest)
         pyramid = [self.output_convolutions[0](coarsest)]
         for lateral, output in zip(self.lateral_convolutions, self.output_convolutions[1:], strict=True):
-            # A forward hook may keep the layer's output, which must then not change.
-            is_kept = any(module._forward_hooks for module in lateral.modules())
-            pyramid.append(output(_add_upsampled(lateral(fine_to_coarse.pop()), pyramid[-1], is_kept)))
+            pyramid.append(output(_add_upsampled(lateral, fine_to_coarse.pop(), pyramid[-1])))
         return PixelDecoderOutput(mask_features=self.mask_projection(pyramid[-1]), pyramid=pyramid[:3])
 
 
-def _add_upsampled(level: Tensor, coarser: Tensor, is_kept: bool) -> Tensor:
-    """level (B, C, h, w) plus the coarser level, upsampled by nearest neighbor. May modify `level` in-place, unless
-    `is_kept`."""
+def _add_upsampled(lateral: nn.Module, feature_map: Tensor, coarser: Tensor) -> Tensor:
+    """The layer's output (B, C, h, w) plus the coarser level, upsampled by nearest neighbor."""
+    level = lateral(feature_map)
     # Traced graphs use the standard operation and must not depend on the traced image size.
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if is_kept or tracing or torch.is_grad_enabled() or not _is_twice(level, coarser):
+    # A forward hook may keep the layer's output, which must then not change.
+    if (
+        tracing or torch.is_grad_enabled() or not _is_twice(level, coarser)
+        or any(module._forward_hooks for module in lateral.modules())
+    ):  # fmt: skip
         return level + nn.functional.interpolate(coarser, size=level.shape[-2:], mode="nearest")
     # Adds each coarse pixel to its four fine pixels, without a full-size temporary.
     level.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).add_(coarser[:, :, :, None, :, None])
