@@ -101,13 +101,11 @@ def describe_maps(
     """
     if task == "panoptic":
         raise ValueError("One map per image cannot represent panoptic segmentation here: use 'semantic' or 'instance'.")
-    for index, label in enumerate(labels):
-        if label.strip().lower() in NO_CLASS:
-            is_last = index == len(labels) - 1
-            remedy = f"pass --ignore-index {index}" if is_last else f"renumber the masks, with {WHITE} in its place"
+    for label in labels:
+        if label.strip().lower() in NO_CLASS and task == "semantic":
             logger.warning_once(
                 f"{name}: {label!r} is learned and measured like any other class: if it means that there is none, "
-                f"leave it out of the labels and {remedy}."
+                f"leave it out of the labels, and ignore its value (--ignore-index, by default {WHITE})."
             )
     things = frozenset(range(len(labels))) if task == "instance" else frozenset()
     return Description(name, task, labels, things, skipped, annotation_frame=annotation_frame)

@@ -241,7 +241,7 @@ def files_of_split(files: Sequence[Path], root: Path, split: str) -> list[Path]:
     """The files of a split in a folder, by their paths in it (see `in_split`), or else by another name of the same
     part, such as `valid` for "validation", or by the folder's own name too."""
     own = Path(os.path.abspath(root)).name
-    same = [name for name in PARTS.get(kind_of_part(split) or "", ()) if name != split]
+    same = next(([name for name in names if name != split] for names in PARTS.values() if split in names), [])
     for folders, name in [((), split), *(((), name) for name in same), ((own,), split)]:
         found = [file for file in files if in_split((*folders, *file.relative_to(root).parts), name)]
         if found:
