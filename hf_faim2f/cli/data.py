@@ -233,7 +233,8 @@ def _draw(settings: CheckSettings, report: check.Report, parts: dict[str, OpenDa
 
 
 def _convert(settings: ConvertSettings, emit: Callable[[Any], None]) -> int:
-    if settings.annotations and settings.out is None and not Path(str(settings.data)).is_dir():
+    named = Path(str(settings.data))
+    if settings.annotations and settings.out is None and not (named.is_dir() and any(named.iterdir())):
         settings = replace(settings, data=None, out=settings.data)  # the only folder to name is that to write
     require(settings, "out", "to", positional=["out"])
     settings = settings.resolved()

@@ -366,9 +366,9 @@ def _finish(prepared: PredictRun, written: int) -> None:
     _list_left_out(prepared)
     out: Path = prepared.options.out
     say(f"Written: {written} of {len(prepared.images) + len(prepared.films)} in {out}.")
-    labels = out / ANNOTATIONS
-    if prepared.options.overwrite and prepared.options.annotations is None and labels.is_dir():
-        say(f"{labels} has the labels of an earlier run, not of these predictions: remove it.")
     names = [*prepared.names, *prepared.film_names]
+    labels, are_own = out / ANNOTATIONS, any(name.parts[0].casefold() == ANNOTATIONS for name in names)
+    if prepared.options.overwrite and prepared.options.annotations is None and labels.is_dir() and not are_own:
+        say(f"{labels} has the labels of an earlier run, not of these predictions: remove it.")
     if prepared.options.overwrite and (others := other_predictions(out, names)):
         say(f"From earlier runs, {len(others)} under other names stay, such as {printable(others[0])}.")

@@ -240,12 +240,12 @@ def beside(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Imag
 
 
 def load_font(text: str, size: int) -> Any:
-    """A font of this size in pixels that has the characters of a text. If none has all, a warning names them once."""
+    """A font of this size in pixels that has the characters of a text. If none has all, warns once."""
     place = None if text.isascii() else _font_file("".join(sorted(set(text) - set(map(chr, range(128))))))
     return ImageFont.load_default(size) if place is None else ImageFont.truetype(place, size)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _font_file(characters: str) -> str | None:
     """The font that has the most of these characters, by its file; None for Pillow's own."""
     best, fewest = None, characters
@@ -259,13 +259,12 @@ def _font_file(characters: str) -> str | None:
         box = bytes(font.getmask(NO_CHARACTER))
         lacking = "".join(one for one in characters if bytes(font.getmask(one)) == box)
         if len(lacking) < len(fewest):
-            best, fewest = place, lacking
+            best, fewest = str(font.path), lacking  # a name alone would be searched for again and again
         if not lacking:
             break
     if fewest:
-        logger.warning_once(
-            f"No font on this machine has {fewest}, which pictures show as boxes: install Noto Sans CJK."
-        )
+        logger.warning_once("No font on this machine has all characters of the names, so that pictures show some as "
+                            "boxes: install Noto Sans CJK.")  # fmt: skip
     return best
 
 

@@ -23,7 +23,7 @@ from ..errors import DivergenceError, ModelError, SettingsError
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.report import TABLE_FILE, per_class_table, scalars, without_nan
 from ..evaluation.semantic import write_confusion
-from ..files import write_whole
+from ..files import read_object, write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..runtime.precision import Choice, multiplies_bfloat16, warn_if_emulated
@@ -297,7 +297,10 @@ def _keep_recipe(out_dir: Path, recipe: Recipe, last: Path | None, write: bool) 
     path, before = out_dir / RECIPE_FILE, {}
     now = json.loads(json.dumps(_described(recipe)))  # with lists instead of tuples
     if path.is_file() and (last is not None or (out_dir / BACKBONE).is_file()):
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = read_object(path)
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"{path} cannot be read: choose another out, or remove the file.") from error
     free = FREE_IN_RECIPE | frozenset([] if last is None else ["backbone_steps"])  # which are over
     for name in sorted({*before} & {*now} - free):
         if before[name] != now[name]:

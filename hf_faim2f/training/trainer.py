@@ -220,7 +220,7 @@ class FaiM2FTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:  # has the rates of its own schedule, which may have had another number of steps
-            schedule = self.lr_scheduler
+            schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # of accelerate's, with DeepSpeed
             schedule._last_lr = [base * self.recipe.rate(schedule.last_epoch) for base in schedule.base_lrs]
             for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
                 group["lr"] = rate
