@@ -101,14 +101,15 @@ def describe_maps(
     """
     if task == "panoptic":
         raise ValueError("One map per image cannot represent panoptic segmentation here: use 'semantic' or 'instance'.")
+    things = frozenset(range(len(labels))) if task == "instance" else frozenset()
+    description = Description(name, task, labels, things, skipped, annotation_frame=annotation_frame)
     for label in labels:
         if label.strip().lower() in NO_CLASS and task == "semantic":
             logger.warning_once(
                 f"{name}: {label!r} is learned and measured like any other class: if it means that there is none, "
                 f"leave it out of the labels, and ignore its value (--ignore-index, by default {WHITE})."
             )
-    things = frozenset(range(len(labels))) if task == "instance" else frozenset()
-    return Description(name, task, labels, things, skipped, annotation_frame=annotation_frame)
+    return description
 
 
 def map_reader(
