@@ -295,7 +295,7 @@ def changes_of_data(out_dir: Path, counts: Mapping[str, ClassCounts], settings: 
         if earlier != now:
             was, now_is = _extent(earlier), _extent(now)
             difference = f"{was} before, {now_is} now" if was != now_is else f"still {was}, but of other classes"
-            changes[split] = f"The {split} data has changed since the run in {out_dir} began: {difference}."
+            changes[split] = f"The {split} data has changed since the run in {out_dir} was last started: {difference}."
     return changes
 
 

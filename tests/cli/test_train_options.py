@@ -114,7 +114,7 @@ def test_a_resumed_run_says_that_its_data_has_changed(
         shutil.copy(first, first.with_stem("added"))
     assert run(own, out, "--steps", "3") == 0
     found = capsys.readouterr().out
-    assert f"The train data has changed since the run in {out} began: 2 images, " in found
+    assert f"The train data has changed since the run in {out} was last started: 2 images, " in found
     counts = json.loads((out / "counts.json").read_text())["train"]
     assert f" before, 3 images, {sum(counts['segments'].values())} segments, {3 * 64 * 64:,} pixels now." in found
     assert run(own, out, "--steps", "3") == 0

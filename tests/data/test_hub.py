@@ -82,6 +82,8 @@ def test_a_split_may_have_another_usual_name(name: str, tmp_path: Path) -> None:
     files.append(tmp_path / "validation-0.parquet")  # the name itself comes first
     assert files_of_split(files, tmp_path, "validation") == [files[3]]
     assert files_of_split(files[:1], tmp_path, "validation") == []
+    with pytest.raises(DatasetError, match="has no split 'validation', but .*: name one of them"):
+        files_of_split([tmp_path / "dev.parquet", tmp_path / "eval.parquet"], tmp_path, "validation")
     for other in ("test-dev", "train_extra", "val_unseen"):  # splits of their own
         assert files_of_split(files, tmp_path, other) == []
 

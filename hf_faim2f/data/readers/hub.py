@@ -242,10 +242,16 @@ def files_of_split(files: Sequence[Path], root: Path, split: str) -> list[Path]:
     part, such as `valid` for "validation", or by the folder's own name too."""
     own = Path(os.path.abspath(root)).name
     same = next(([name for name in names if name != split] for names in PARTS.values() if split in names), [])
-    for folders, name in [((), split), *(((), name) for name in same), ((own,), split)]:
-        found = [file for file in files if in_split((*folders, *file.relative_to(root).parts), name)]
-        if found:
-            return found
+    for folders, names in [((), [split]), ((), same), ((own,), [split])]:
+        by_name = {
+            name: found
+            for name in names
+            if (found := [file for file in files if in_split((*folders, *file.relative_to(root).parts), name)])
+        }
+        if len(set(map(tuple, by_name.values()))) > 1:  # `val` is also found in the name `valid`
+            raise DatasetError(f"{root} has no split {split!r}, but {', '.join(by_name)}: name one of them.")
+        if by_name:
+            return next(iter(by_name.values()))
     return []
 
 
