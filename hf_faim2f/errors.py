@@ -131,6 +131,12 @@ def sentence(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def with_name(error: BaseException, name: str, path: str | os.PathLike[str] = "") -> str:
+    """The message of an error about "image 0" or "image 0 (PATH)", as the reader calls it, with another name for it."""
+    called = rf"image 0(?: \({re.escape(os.fspath(path))}\))?"
+    return re.sub(called, lambda _: name, str(error), count=1)
+
+
 def out_of_memory(images: int) -> str:
     """The sentence for a GPU that has too little memory for batches of this many images."""
     batches = "one image" if images == 1 else f"batches of {images} images"

@@ -11,11 +11,18 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import ExportError, first_line
+from ..errors import ExportError, first_line, with_name
 from ..files import files_below, warn_of_unread
 from ..masks import maps_among
-from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES, load_images
-from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
+from ..model.image_loading_faim2f import (
+    ARRAY_SUFFIXES,
+    IMAGE_SUFFIXES,
+    check_pixels,
+    decode_image,
+    load_images,
+)
+from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..model.image_settings_faim2f import to_bytes
 from .graph import quietly
 from .graph_file import LAYERS
 
@@ -93,9 +100,9 @@ def choose_images(
             values = prepare(path)
         except (ValueError, OSError) as error:
             # The loader calls the only image of the batch "image 0".
-            name, text = path.relative_to(folder).as_posix(), " ".join(str(error).split())
-            text = text.replace(f"image 0 ({path})", name, 1).replace("image 0", name, 1)
-            calibration.skipped.append(text.replace(str(path), name))
+            name = path.relative_to(folder).as_posix()
+            text = with_name(error, name, path).replace(str(path), name)
+            calibration.skipped.append(" ".join(text.split()))
             continue
         if any(side not in (0, own) for side, own in zip(sides[2:], values.shape[1:], strict=True)):
             raise ExportError(
@@ -127,14 +134,15 @@ def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.
     Raises:
         ValueError, OSError: the image cannot be read, or resizing it would leave no pixels.
     """
-    pixels = next(load_images([path], None, processor.to_dict()["do_rescale"], processor.num_channels))
+    do_rescale, num_channels = processor.to_dict()["do_rescale"], processor.num_channels
+    source = decode_image(path, num_channels=num_channels)
+    pixels = next(load_images([source], None, do_rescale, num_channels))
+    check_pixels(source, pixels, do_rescale)
     # Without padding, as `Predictor` prepares images.
-    inputs = processor(pixels, input_data_format="channels_first", return_tensors="pt", do_pad=False)
+    overrides = {"do_rescale": False, "do_normalize": False} if as_bytes else {}
+    inputs = processor(pixels, input_data_format="channels_first", return_tensors="pt", do_pad=False, **overrides)
     values = inputs["pixel_values"][0]
-    if as_bytes:
-        scale, shift = scale_and_shift(processor.to_dict())
-        values = ((values - shift) / scale).round().clamp(0, 255).to(torch.uint8)
-    return values.numpy()
+    return (to_bytes(values) if as_bytes else values).numpy()
 
 
 def _batches(items: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:

@@ -216,12 +216,33 @@ def takes_fractions(settings: Mapping[str, Any]) -> bool:
     return settings["do_normalize"] and not settings["do_rescale"] and most <= 1
 
 
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels for a graph of bytes, rounded to uint8.
+
+    Raises:
+        ValueError: they are not in 0..255.
+    """
+    least, most = pixels.aminmax()
+    if least < -0.5 or most > 255.5:
+        raise ValueError(
+            f"image 0 has values from {float(least):g} to {float(most):g}, but the graph takes bytes (0..255): export "
+            "the model with the input pixel_values."
+        )
+    return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+# A factor below this share of 1/255 is not for pixels in 0..255.
+MOST_DARKENED = 0.1
 # A pixel above this is not in 0..1, even after resampling, which overshoots.
 MOST_OF_ONE = 8
 
 
 def warn_of_scale(settings: Mapping[str, Any], images: Iterable[Tensor]) -> None:
-    """Warns if pixels are rescaled although `image_mean` is for 0..255, or not rescaled although it is for 0..1."""
+    """Warns if pixels and settings are of different ranges.
+
+    That is, if pixels are rescaled although `image_mean` is for 0..255, or not rescaled although it is for 0..1, or if
+    `rescale_factor` is for a larger range.
+    """
     mean, factor = settings["image_mean"], settings["rescale_factor"]
     if not settings["do_normalize"]:
         return
@@ -230,6 +251,11 @@ def warn_of_scale(settings: Mapping[str, Any], images: Iterable[Tensor]) -> None
             logger.warning_once(
                 f"image_mean {mean} is of pixels in 0..255, but do_rescale=True multiplies them by {factor:g} first: "
                 "pass do_rescale=False, or divide image_mean and image_std by 255."
+            )
+        elif factor < MOST_DARKENED / 255 and all(float(image.max()) <= 255 for image in images):
+            logger.warning_once(
+                f"rescale_factor {factor:g} is for values above 255, but these pixels are in 0..255, to which integers "
+                "of 16 bits are scaled first: use a rescale_factor of 1/255, or pass floats."
             )
     elif takes_fractions(settings) and any(float(image.max()) > MOST_OF_ONE for image in images):
         logger.warning_once(

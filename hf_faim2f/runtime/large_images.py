@@ -17,7 +17,7 @@ import torch
 from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
-from ..errors import ImageError, PredictorError, first_line
+from ..errors import ImageError, PredictorError, first_line, with_name
 from ..files import printable
 from ..masks import encode_column_blocks, encode_run_lengths
 from ..model.channels_faim2f import picture_of
@@ -69,7 +69,7 @@ class Picture:
         try:
             self.whole = _eight_bits(eight_bit_image(path))
         except (ValueError, OSError) as error:
-            text = str(error).replace(f"image 0 ({os.fspath(path)})", "image 0", 1).replace("image 0", self.name, 1)
+            text = with_name(error, self.name, path)
             raise ImageError(f"{text.rstrip('.')}{more_on_large(text)}.") from error
         self.size = (self.whole.height, self.whole.width)
 

@@ -306,6 +306,23 @@ def test_images_of_different_sizes_are_no_batch(tmp_path: Path) -> None:
     assert len(choose_images(tmp_path, processor, one, 9, 1).paths) == 2
 
 
+def test_arrays_that_predictor_refuses_are_left_out(tmp_path: Path) -> None:
+    pixels = np.array(photographs()[0])
+    np.save(tmp_path / "good.npy", pixels)
+    np.save(tmp_path / "scaled.npy", pixels / 255)
+    np.save(tmp_path / "deep.npy", pixels.astype(np.float32) * 12)
+    processor = FaiM2FImageProcessor(size={"height": 64, "width": 96})
+    values = onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, [1, 3, 64, 96])
+    chosen = choose_images(tmp_path, processor, values, 9, 1)
+    assert [path.name for path in chosen.paths + chosen.held_out_paths] == ["deep.npy", "good.npy"]
+    assert [problem.split(" is ")[0] for problem in chosen.skipped] == ["scaled.npy"]
+    of_bytes = onnx.helper.make_tensor_value_info("image", onnx.TensorProto.UINT8, [1, 3, 64, 96])
+    chosen = choose_images(tmp_path, processor, of_bytes, 9, 1)
+    assert [path.name for path in chosen.paths] == ["good.npy"]
+    problems = sorted(chosen.skipped)
+    assert problems[0].startswith("deep.npy has values from") and problems[1].startswith("scaled.npy is an array")
+
+
 def test_maps_of_labels_are_no_images(tmp_path: Path) -> None:
     given = onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, [1, 3, None, None])
     for number, (name, files) in enumerate(
