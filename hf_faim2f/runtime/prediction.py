@@ -7,7 +7,8 @@ neighbor, which is coarser along edges (the image processor resizes class scores
 others.
 """
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +151,13 @@ SUBTASKS: dict[str, tuple[str, ...]] = {
 PANOPTIC_THRESHOLD = 0.5
 
 
+def several_images(images: Any) -> Iterable[Any]:
+    """The images, one after the other; a single one as a list."""
+    is_one = isinstance(images, (str, bytes, dict, os.PathLike, Image.Image)) or hasattr(images, "read")
+    is_one |= getattr(images, "ndim", 1) not in (1, 4) or not isinstance(images, Iterable)
+    return [images] if is_one else images
+
+
 def usual_threshold(network: Network, subtask: str) -> float:
     """The lowest score of a segment, 0 to 1, if the caller does not choose it; without effect on "semantic"."""
     settings: dict[str, Any] = network.processor.to_dict()
@@ -259,4 +267,4 @@ def _segments_of_map(places: Tensor, values: list[int], names: Mapping[int, str]
     return segments
 
 
-__all__ = ["SUBTASKS", "Prediction", "Segment", "answer", "paint", "usual_threshold"]
+__all__ = ["SUBTASKS", "Prediction", "Segment", "answer", "paint", "several_images", "usual_threshold"]

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import ImageError, PredictorError
+from ..errors import ImageError, PredictorError, with_name
 from ..model.channels_faim2f import RGB, picture_of
 from ..model.image_loading_faim2f import check_pixels, decode_image, eight_bit_image, load_images
+from ..model.image_settings_faim2f import to_bytes
 from .backends import RUNTIMES, Network, check_outputs, load_backend
 from .precision import Choice, choose_precision, multiplies_bfloat16
-from .prediction import SUBTASKS, Prediction, answer, usual_threshold
+from .prediction import SUBTASKS, Prediction, answer, several_images, usual_threshold
 
 # Limit on the images that wait for others of their size, in batches.
 MOST_WAITING = 2
@@ -69,7 +70,7 @@ class Predictor:
         cls,
         path: str | os.PathLike[str],
         runtime: str = "torch",
-        device: str | None = None,
+        device: str | torch.device | None = None,
         precision: str | None = None,
         *,
         compile: bool = False,
@@ -95,7 +96,7 @@ class Predictor:
         Raises:
             PredictorError: the model, runtime, device or precision does not exist, or they cannot be combined.
         """
-        open_network = load_backend(runtime)
+        open_network, device = load_backend(runtime), None if device is None else str(device)
         if runtime != "torch":
             if precision is not None:
                 raise PredictorError(
@@ -116,8 +117,8 @@ class Predictor:
         place = exact.network.device or torch.device("cpu")
         if multiplies_bfloat16(place):
             rounded = cls(open_network(os.fspath(path), device, "bf16"))
-            own = exact.subtasks[0]
-            choice = choose_precision(exact, rounded, calibration, own, usual_threshold(exact.network, own))
+            own, images = exact.subtasks[0], several_images(calibration)
+            choice = choose_precision(exact, rounded, images, own, usual_threshold(exact.network, own))
         else:
             choice = Choice("fp32", f"this {place.type} has no instructions that multiply bfloat16")
         chosen = cls(open_network(os.fspath(path), device, choice.precision, compile))
@@ -140,7 +141,8 @@ class Predictor:
         """Predicts images: one prediction each, in order.
 
         Args:
-            images: one or several images of any sizes; see `load_images` for the accepted types.
+            images: one or several images of any sizes; see `load_images` for the accepted types. Several may be a list,
+                a batch (B, C, H, W) or any other iterable, such as a column of a dataset.
             subtask: one of `subtasks`; None for the first.
             threshold: the lowest score of a segment, 0..1; None for the default: that of the image processor for
                 instances, and 0.5 for panoptic segments, as in transformers.
@@ -151,8 +153,7 @@ class Predictor:
             PredictorError: the network does not support the request, or returns NaN.
             ImageError: an image cannot be used; the message says which and why.
         """
-        several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-        sources = list(images) if several else [images]
+        sources = list(several_images(images))
         if not sources:
             raise ImageError("The list of images is empty: pass at least one image.")
         if len(sources) == 1:  # in this thread, with all cores
@@ -191,6 +192,7 @@ class Predictor:
             PredictorError: the network does not support the request; or, while iterating, it returns NaN.
         """
         subtask, size = self._check_request(subtask, threshold, batch_size)
+        images = several_images(images)
         return self._stream(images, size, lambda one, own: self._answer(one, own, subtask, threshold), in_order)
 
     def stream_outputs(
@@ -269,8 +271,7 @@ class Predictor:
             image, values = self._input_of(source)
         except (ValueError, OSError) as error:
             # The loader numbers the images of a call, which has one here.
-            text = str(error).replace(f"image 0 ({name})", name, 1).replace("image 0", name, 1)
-            return PreparedImage(index, ImageError(text))
+            return PreparedImage(index, ImageError(with_name(error, name, source if is_path else "")))
         return PreparedImage(index, None, image, values)
 
     def _input_of(self, source: Any) -> tuple[Image.Image, Tensor]:
@@ -294,7 +295,7 @@ class Predictor:
         inputs = processor([source], input_data_format="channels_first", return_tensors="pt", do_pad=False, **overrides)
         values = inputs["pixel_values"][0]
         self._check_size(values)
-        return image, values.round().clamp(0, 255).to(torch.uint8) if as_bytes else values
+        return image, to_bytes(values) if as_bytes else values
 
     @staticmethod
     def _pixels_and_image(source: Any, do_rescale: bool, num_channels: int) -> tuple[Tensor, Image.Image]:

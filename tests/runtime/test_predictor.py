@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -283,6 +285,40 @@ def test_the_picture_of_an_image_that_is_not_rescaled(white: int, dtype: Any, mo
     assert torch.allclose(predictor._prepare((0, array)).values, expected[0], atol=1e-5)
 
 
+def test_one_image_or_several(torch_predictor: Predictor, tmp_path: Path) -> None:
+    one, other = photographs()[:2]
+    one.save(tmp_path / "one.png")
+    maps = [torch_predictor(image, "semantic")[0].label_map for image in (one, other)]
+    pixels = np.array(one)
+    column = datasets.Dataset.from_dict({"image": [one, other]}, datasets.Features({"image": datasets.Image()}))[
+        "image"
+    ]
+    with open(tmp_path / "one.png", "rb") as file:
+        for given, count in (
+            (one, 1), (str(tmp_path / "one.png"), 1), (tmp_path / "one.png", 1), (file, 1), (pixels, 1),
+            (pixels[None], 1), ([one, other], 2), (column, 2), (iter([one, other]), 2),
+        ):  # fmt: skip
+            if not hasattr(given, "__next__") and given is not file:
+                assert len(list(torch_predictor.stream(given, "semantic"))) == count
+            found = torch_predictor(given, "semantic")
+            assert len(found) == count
+            assert all(torch.equal(a.label_map, b) for a, b in zip(found, maps, strict=False))
+
+
+def test_a_graph_of_bytes_takes_nothing_else(torch_predictor: Predictor) -> None:
+    """Heights of up to 3000 would be cut at 255."""
+    settings = {"num_channels": 4, "do_rescale": False, "image_mean": [120.0] * 3 + [800.0], "image_std": [60.0] * 4}
+    network = replace(torch_predictor.network, processor=FaiM2FImageProcessor(**settings), input_name="image")
+    array = np.full((40, 50, 4), 100.0, dtype=np.float32)
+    assert Predictor(network)._prepare((0, array)).values.dtype == torch.uint8
+    for value in (3000.0, -20.0):
+        array[:, :, 3] = value
+        error = Predictor(network)._prepare((7, array)).error
+        assert re.match(r"image 7 has values from -?\d+ to \d+, but the graph takes bytes .*pixel_values", str(error))
+    scaled = replace(network, processor=FaiM2FImageProcessor(rescale_factor=1e-4))
+    assert "image 0 has values from" in str(Predictor(scaled)._prepare((0, array[..., :3] + 9000)).error)
+
+
 def test_images_that_cannot_be_used(
     torch_predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +335,14 @@ def test_images_that_cannot_be_used(
         torch_predictor([good, b"bytes"])
     with pytest.raises(ImageError, match="list of images is empty"):
         torch_predictor([])
+    for nothing in (None, 5, b"bytes", {"image": good}):
+        assert [str(error).split(":")[0] for _, error in torch_predictor.stream(nothing)] == [
+            f"image 0 is a {type(nothing).__name__}"
+        ]
+    (tmp_path / "image 0.jpg").write_bytes(b"no image")
+    with pytest.raises(ImageError) as raised:
+        torch_predictor(tmp_path / "image 0.jpg")
+    assert str(raised.value).startswith(f"{tmp_path / 'image 0.jpg'} cannot be opened as an image: ")
     scaled = np.array(good) / 255  # would be divided by 255 again, and be black
     for floats in (scaled, torch.from_numpy(scaled).half()):
         with pytest.raises(ImageError, match="image 1 is an array of floats in 0..1, .*: multiply it by 255"):
