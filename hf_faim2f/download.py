@@ -61,6 +61,11 @@ BAD_REDIRECTS = ("InvalidSchema", "InvalidURL", "TooManyRedirects", "Unsupported
 TRANSFER = "the same command continues from there"
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights for torch, whole or split, in safetensors or in torch's own format."""
+    return any(path for pattern in ("*.safetensors*", "pytorch_model*.bin*") for path in folder.glob(pattern))
+
+
 @dataclass
 class Progress:
     """The state of a partial download, which is stored beside the file.

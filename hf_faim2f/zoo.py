@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from torch import nn
 from transformers.utils import logging
 
-from .download import MODEL_FILES, WEIGHTS_URL, download_model
+from .download import MODEL_FILES, WEIGHTS_URL, download_model, has_weights
 from .errors import DamagedFileError, ModelError, nearest_name, try_loading
 from .family import ALIASES, FAMILY, find_preset
 from .family.mask2former import SHORT, ZOO_LICENSE, zoo, zoo_models_named
@@ -412,10 +412,11 @@ def label_difference(name: str | Path, config: FaiM2FConfig, dataset: str, label
     return None
 
 
-# The file whose presence shows that a folder supports a runtime; torch needs *.safetensors.
+# The file whose presence shows that a folder supports a runtime; for torch, see `download.has_weights`.
 RUNTIME_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.engine", "aotinductor": "model.pt2"}
 RUNTIME_FILES |= {"openvino": "openvino_model.xml", "executorch": "model.pte", "litert": "model.tflite"}
-NATIVE_CODE = ("aotinductor", "executorch", "litert")  # used only if requested by name, not because the file exists
+# Used only if requested by name, not because the file exists.
+NATIVE_CODE = ("tensorrt", "aotinductor", "executorch", "litert")
 
 
 def runtimes_of(name: str | Path, asked: Collection[str] = ()) -> list[str]:
@@ -426,7 +427,7 @@ def runtimes_of(name: str | Path, asked: Collection[str] = ()) -> list[str]:
     folder = Path(name)
     files = {runtime: file for runtime, file in RUNTIME_FILES.items() if runtime not in NATIVE_CODE or runtime in asked}
     able = [runtime for runtime, file in files.items() if (folder / file).is_file()]
-    return ["torch", *able] if not able or any(folder.glob("*.safetensors*")) else able
+    return ["torch", *able] if not able or has_weights(folder) else able
 
 
 __all__ = [

@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or an export's folder")
-    exports = "folders written by `faim2f export` or `faim2f quantize` for the same model, offered on the page"
+    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or the folder of a graph")
+    exports = "folders that you trust, written by `faim2f export` or `faim2f quantize` for the same model"
     parser.add_argument("exports", metavar="EXPORT", nargs="*", help=exports)
     examples = "a folder of example images (default: generated scenes for a digits model, else none)"
     parser.add_argument("--examples", type=Path, metavar="DIR", help=examples)

@@ -28,7 +28,8 @@ from ..benchmarking.comparison import (
     write_report,
 )
 from ..benchmarking.latency import Contender, describe_machine, open_at_size, own_size
-from ..errors import ImageError, ModelError, PredictorError, SettingsError
+from ..download import has_weights
+from ..errors import ImageError, ModelError, PredictorError, SettingsError, with_name
 from ..export import aotinductor, engine, formats
 from ..files import check_empty_folder, find_files, read_object
 from ..hub.check import QUANTIZATION
@@ -131,7 +132,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     models = "folders, published names (see `faim2f models`) or Hub ids of models, and folders of `faim2f export`"
     parser.add_argument("models", metavar="MODEL", nargs="+", help=models)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write: new or empty")
-    runtime = "runtimes, for folders that have files for them (default: all but aotinductor, executorch and litert)"
+    runtime = "runtimes, for folders that have files for them (default: all without native code)"
     parser.add_argument("--runtime", nargs="+", choices=tuple(RUNTIMES), help=runtime)
     images = f"files, folders and patterns; the first {MOST_IMAGES} images are used (default: generated images of "
     images += "the network's input size, which are not resized)"
@@ -229,8 +230,7 @@ def _read_images(words: Sequence[str], notes: list[str]) -> list[Image.Image]:
         try:
             pixels = next(load_images([path], do_rescale=True))
         except ValueError as error:
-            text = str(error).replace(f"image 0 ({path})", str(path), 1).replace("image 0", str(path), 1)
-            raise ImageError(text) from error
+            raise ImageError(with_name(error, str(path), path)) from error
         array = pixels.expand(3, -1, -1).permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy()
         images.append(Image.fromarray(np.ascontiguousarray(array)))
     return images
@@ -317,7 +317,7 @@ def _metric(
     if metric is None:
         return None
     # A card beside weights is of these, and else of the export.
-    is_own = source == model and (runtime == "torch" or not any(Path(model).glob("*.safetensors")))
+    is_own = source == model and (runtime == "torch" or not has_weights(Path(model)))
     precision = None if is_own else _precision(Path(model), runtime)
     if precision == "int8":
         what = f"the export of {model}" if source == model else model

@@ -46,7 +46,8 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
     defaults = ServeSettings("")
     parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or the folder of an export with logits")
-    parser.add_argument("--runtime", choices=RUNTIMES, help="default: the first that the folder has files for")
+    runtime = "the runtime (default: the first without native code that the folder has files for)"
+    parser.add_argument("--runtime", choices=RUNTIMES, help=runtime)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     precision = "precision of the network, for torch only (default: fp32)"
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help=precision)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from ..download import has_weights
 from ..errors import ExportError, first_line
 from ..files import check_new_folder, new_folder
 from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
@@ -177,9 +178,8 @@ def load_for_export(source: str | Path, input_name: str) -> tuple[FaiM2FForUnive
 
 def _check_source(folder: Path) -> None:
     """Raises ExportError if a folder holds an export, or a model of another type."""
-    has_weights = any(path for pattern in ("*.safetensors*", "pytorch_model*.bin") for path in folder.glob(pattern))
     exported = [file for file in RUNTIME_FILES.values() if (folder / file).is_file()]
-    if exported and not has_weights:
+    if exported and not has_weights(folder):
         raise ExportError(f"{folder} is an export already (it has {exported[0]}): name the folder of its model.")
     kind = model_type(folder, ExportError)
     if kind != FaiM2FConfig.model_type:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 
+from ..download import has_weights
 from ..errors import ExportError, PredictorError
 from ..files import check_new_folder, new_folder, sha256_of, write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, resized_size, scale_and_shift
@@ -203,10 +204,8 @@ def _graph_file(source: Path) -> Path | None:
 
     A graph beside weights is not used: it may be of other weights.
     """
-    if source.is_file():
-        return source
-    is_graph = (source / "model.onnx").is_file() and not any(source.glob("*.safetensors*"))
-    return source / "model.onnx" if is_graph else None
+    graph = source if source.is_file() else source / "model.onnx"
+    return graph if graph.is_file() and not has_weights(source) else None
 
 
 def _write(folder: Path, path: Path, request: Request) -> list[str]:

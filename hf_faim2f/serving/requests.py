@@ -109,7 +109,7 @@ def open_choices(
 
     Args:
         model: a folder or Hub id.
-        exports: folders written by `faim2f export` or `faim2f quantize` for the same model.
+        exports: folders written by `faim2f export` or `faim2f quantize` for the same model, which are trusted.
         device: see `Predictor.from_pretrained`.
 
     Returns:
@@ -122,7 +122,8 @@ def open_choices(
     notes: list[str] = []
     for folder in [model, *exports]:
         problems = []
-        runtimes = runtimes_of(folder)
+        # An engine can execute any code, so one that lies beside a model is not opened.
+        runtimes = runtimes_of(folder, ("tensorrt",) if folder in exports else ())
         for runtime in runtimes:
             try:
                 opened.append((folder, runtime, Predictor.from_pretrained(folder, runtime, device)))

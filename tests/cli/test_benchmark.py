@@ -535,16 +535,17 @@ def test_generated_pictures_are_the_same_every_time() -> None:
 
 def test_models_run_where_their_folders_have_files(tmp_path: Path) -> None:
     for folder, files in {
-        "model": ["model.safetensors"], "graph": ["model.onnx"], "both": ["model.onnx", "model.safetensors"],
+        "model": ["model.safetensors"], "graph": ["model.onnx"], "both": ["model.onnx", "pytorch_model.bin"],
         "engine": ["model.engine"],
     }.items():  # fmt: skip
         (tmp_path / folder).mkdir()
         for file in files:
             (tmp_path / folder / file).touch()
     all_runtimes = {"model": ["torch"], "graph": ["onnxruntime"], "both": ["torch", "onnxruntime"],
-                    "engine": ["tensorrt"], "nowhere": ["torch"]}  # fmt: skip
+                    "engine": ["torch"], "nowhere": ["torch"]}  # fmt: skip
     for folder, runtimes in all_runtimes.items():
         assert command.choose_runtimes(str(tmp_path / folder), None) == runtimes
+    assert command.choose_runtimes(str(tmp_path / "engine"), ["tensorrt"]) == ["tensorrt"]  # native code
     both = str(tmp_path / "both")
     assert command.choose_runtimes(both, ["onnxruntime", "torch", "torch"]) == ["onnxruntime", "torch"]
     assert command.choose_runtimes(str(tmp_path / "model"), ["onnxruntime", "tensorrt"]) == [

@@ -227,11 +227,15 @@ def test_what_a_folder_has_files_for_is_offered(
         (mixed / file.name).symlink_to(file)
     (mixed / "model.engine").write_bytes(b"no engine")
     choices, notes = open_choices(str(mixed))
-    assert list(choices) == ["torch"] and len(notes) == 1 and notes[0].startswith("Not offered: ")
+    assert list(choices) == ["torch"] and not notes  # it can execute any code, and nobody named it
+    choices, notes = open_choices(str(model_folder), [str(mixed)])
+    assert len(choices) == 2 and len(notes) == 1 and notes[0].startswith("Not offered: ")
     for file in mixed.glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(PredictorError):
+    with pytest.raises(PredictorError, match="if you trust where it comes from, choose the runtime tensorrt"):
         open_choices(str(mixed))
+    with pytest.raises(PredictorError, match="engine.json"):
+        open_choices(str(model_folder), [str(mixed)])
     config = json.loads((tmp_path / "graph" / "config.json").read_text())
     config["id2label"]["0"] = "other"
     config["label2id"] = {name: int(label) for label, name in config["id2label"].items()}

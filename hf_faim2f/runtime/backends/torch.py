@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...download import has_weights
 from ...errors import PredictorError, first_line
-from ...zoo import RUNTIME_FILES, open_model
+from ...zoo import NATIVE_CODE, RUNTIME_FILES, open_model
 from ..precision import warn_if_emulated
 from . import BATCH_SIZE, Network
 
@@ -30,17 +31,13 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32", 
     place, dtype = _device(device), TYPES[precision]
     warn_if_emulated(precision, place)
     folder = Path(name)
-    if (folder / "model.onnx").is_file() and not any(folder.glob("*.safetensors*")):
-        raise PredictorError(f"{name} has model.onnx and no weights for torch: choose the runtime onnxruntime.")
-    if (folder / "model.pt2").is_file() and not any(folder.glob("*.safetensors*")):
-        raise PredictorError(
-            f"{name} has model.pt2 and no weights for torch: if you trust where it comes from, choose the runtime "
-            "aotinductor, which runs the native code in it."
-        )
-    for runtime in ("openvino", "executorch", "litert"):
-        file = RUNTIME_FILES[runtime]
-        if (folder / file).is_file() and not any(folder.glob("*.safetensors*")):
-            raise PredictorError(f"{name} has {file} and no weights for torch: choose the runtime {runtime}.")
+    for runtime, file in RUNTIME_FILES.items():
+        if (folder / file).is_file() and not has_weights(folder):
+            trust = "if you trust where it comes from, " if runtime in NATIVE_CODE else ""
+            code = ", which runs the native code in it" if runtime in NATIVE_CODE else ""
+            raise PredictorError(
+                f"{name} has {file} and no weights for torch: {trust}choose the runtime {runtime}{code}."
+            )
     model, processor = open_model(name, error=PredictorError)
     # Fold batch norms in float32, and round the result once.
     model.optimize_for_inference().to(place, dtype)
