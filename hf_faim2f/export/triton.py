@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..download import has_weights
 from ..errors import ExportError
 from ..files import check_new_folder, new_folder, printable
 from ..model.configuration_faim2f import FaiM2FConfig
@@ -90,7 +91,7 @@ def export_triton(
     if largest_batch is not None and largest_batch < 1:
         raise ExportError(f"The largest batch must be at least 1, not {largest_batch}.")
     is_engine = (source / DESCRIPTION).is_file()
-    is_graph = (source / "model.onnx").is_file() and not any(source.glob("*.safetensors*"))
+    is_graph = (source / "model.onnx").is_file() and not has_weights(source)
     if (is_engine or is_graph) and graph:
         names = " and ".join("input" if option == "input_name" else option for option in graph)
         raise ExportError(f"{source} is an export already, whose {names} cannot be chosen: name the model's folder.")
@@ -142,6 +143,11 @@ def _engine(folder: Path) -> Network:
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ExportError(f"{folder / DESCRIPTION} does not describe an engine ({error!r}): export it again.") from None
+    if engine.smallest[0] > 1 and engine.largest[0] > engine.smallest[0]:
+        raise ExportError(
+            f"The engine in {folder} takes {engine.smallest[0]} to {engine.largest[0]} images at once, and Triton's "
+            "batches have any size from 1: export it with --batches from 1, or with a single batch size."
+        )
     content = read_engine(engine)
     return Network("tensorrt", "model.plan", content, engine.outputs, inputs, outputs, engine.largest[0])
 

@@ -116,6 +116,10 @@ def test_engines_are_those_of_triton_s_library(model: Path, tmp_path: Path) -> N
             export_triton(engine, tmp_path / "out")
         with pytest.raises(PredictorError, match="engine.json may be of another model, because it"):
             Predictor.from_pretrained(engine, "tensorrt")  # says so before it looks for a GPU
+    large = [{**described["inputs"][0], "profile": {**profile, "smallest": [2, 3, 64, 64]}}]
+    (engine / "engine.json").write_text(json.dumps({**described, "labels": labels, "inputs": large}))
+    with pytest.raises(ExportError, match="takes 2 to 4 images at once, and Triton's batches have any size from 1"):
+        export_triton(engine, tmp_path / "out")
     (engine / "engine.json").write_text(json.dumps({**described, "labels": labels}))
     with pytest.raises(ExportError, match="takes at most 4 images at once, not 5"):
         export_triton(engine, tmp_path / "out", largest_batch=5)
