@@ -30,6 +30,8 @@ PATTERNS = (
     "format.json", "*.safetensors", "*.safetensors.index.json", "*.onnx", "*.onnx_data", "*.onnx.data", "*.engine",
     "*.pt2", "openvino_model.*", "*.pte", "*.tflite",
 )  # fmt: skip
+# Files that are read in a folder, but not downloaded.
+LOCAL = ("pytorch_model*.bin*",)
 # Runtimes that open without a GPU, so that errors are found before any worker starts.
 OPEN_HERE = ("torch", "onnxruntime", "openvino")
 FORMAT = 1
@@ -114,7 +116,7 @@ def _digest(folder: Path) -> str:
     """A digest of the names and contents of the files that a runtime reads."""
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in (*PATTERNS, *LOCAL)):
             total.update(f"{path.name}\0{sha256_of(path)}\0".encode())
     return total.hexdigest()
 

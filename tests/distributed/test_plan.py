@@ -338,7 +338,14 @@ def test_a_gpu_without_memory_is_a_sentence(
 
 def test_every_file_that_a_runtime_reads_is_pinned(model_folder: Path, tmp_path: Path) -> None:
     digests = {pin_model(str(model_folder))[0].digest}
-    read = [*RUNTIME_FILES.values(), "openvino_model.bin", "format.json", "engine.json", "compiled.json"]
+    read = [
+        *RUNTIME_FILES.values(),
+        "openvino_model.bin",
+        "format.json",
+        "engine.json",
+        "compiled.json",
+        "pytorch_model.bin",
+    ]
     for number, name in enumerate(read):
         folder = shutil.copytree(model_folder, tmp_path / str(number))
         for content in ("one", "other"):
