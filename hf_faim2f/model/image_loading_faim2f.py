@@ -29,7 +29,6 @@ from .image_files_faim2f import (
 
 logger = logging.get_logger(__name__)
 
-
 # A float image in 0..255 must have a value of at least this: the same fraction of 255 as TWELVE_BITS of 16 bits.
 DARKEST_FLOAT = 16
 GRAY_MODES = ("1", "L", "LA")
@@ -371,8 +370,7 @@ def _channels_first(pixels: Tensor, label: str, input_data_format: str | None, n
 
 
 def _check_float_range(pixels: Tensor, label: str, do_rescale: bool) -> None:
-    # One pass and one transfer for both bounds. NaN propagates.
-    low, high = torch.stack(torch.aminmax(pixels)).tolist()
+    low, high = torch.stack(torch.aminmax(pixels)).tolist()  # in one transfer; NaN propagates
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{label} has NaN or infinite values: clean it before it is preprocessed.")
     if do_rescale and low >= 0 and 0 < high <= 1:
@@ -380,6 +378,8 @@ def _check_float_range(pixels: Tensor, label: str, do_rescale: bool) -> None:
             f"{label} is a float image with values in 0..1, and is divided by 255 once more (do_rescale): "
             "multiply it by 255, or pass do_rescale=False to the image processor."
         )
+    elif do_rescale and high > 2 * 255:  # resampling overshoots less
+        logger.warning_once(f"{label} has floats up to {high:g}, but must be in 0..255 if rescale_factor is 1/255.")
     elif do_rescale and low <= -0.5 and high < DARKEST_FLOAT:
         logger.warning_once(
             f"{label} is a float image with values from {low:g} to {high:g}, as after normalization, and is divided by "

@@ -875,6 +875,8 @@ def test_pixels_and_means_of_other_ranges_warn(warnings_said, monkeypatch):
         ({}, normalized, "as after normalization, and is divided by 255 (do_rescale): pass the image as it was before"),
         ({"do_rescale": False}, GOOD, "do_rescale=True for images in 0..255"),
         (of_bytes, GOOD, r"divide image_mean and image_std by 255"),
+        ({}, GOOD.astype(np.float32) * 12, "has floats up to 2628"),
+        ({"rescale_factor": 1e-4}, GOOD.astype(np.uint16) * 40, "to which integers of 16 bits are scaled first"),
     ):
         FaiM2FImageProcessor(size=8)(image, **own)
         assert len(said) == 1 and words in said.pop(), own
@@ -884,6 +886,7 @@ def test_pixels_and_means_of_other_ranges_warn(warnings_said, monkeypatch):
         ({"do_rescale": False, **of_bytes}, GOOD),
         ({"do_rescale": False, "do_normalize": False}, GOOD),
         ({}, GOOD.astype(np.float32)),
+        ({"rescale_factor": 1e-4, "do_normalize": False}, GOOD.astype(np.float32)),
     ]
     for settings_of_call, array in quiet:
         FaiM2FImageProcessor(size=8)(array, **settings_of_call)
