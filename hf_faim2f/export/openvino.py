@@ -77,7 +77,8 @@ def open_files(
     instructions for that type.
     """
     place = (device or "cpu").upper().replace(":", ".")
-    if place not in CORE.available_devices:
+    # The first of several GPUs is GPU.0, which OpenVINO also calls GPU.
+    if not {place, f"{place}.0"} & set(CORE.available_devices):
         able = ", ".join(name.lower() for name in CORE.available_devices)
         raise ExportError(f"There is no device {device!r} for openvino here: choose one of {able}.")
     path = description.folder / TOPOLOGY

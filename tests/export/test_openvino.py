@@ -27,6 +27,7 @@ from tests.support.forks import WITHOUT_ONNX
 from tests.support.lively_model import check_same, photographs, save_model
 
 openvino = pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'hf-faim2f[openvino]'")
+openvino_files = importlib.import_module("hf_faim2f.export.openvino")
 SIZE = (64, 96)
 FILES = ("openvino_model.xml", "openvino_model.bin")
 
@@ -138,6 +139,17 @@ def test_a_network_that_differs_is_not_kept(
     with pytest.raises(ExportError, match="does not agree with the model .* nothing was kept"):
         export_format("openvino", model_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_of_several_devices_needs_no_number(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = openvino_files.CORE
+    several = SimpleNamespace(
+        available_devices=["CPU.0", "CPU.1"], get_property=core.get_property, read_model=core.read_model,
+        compile_model=core.compile_model,
+    )  # fmt: skip
+    monkeypatch.setattr(openvino_files, "CORE", several)
+    assert Predictor.from_pretrained(exported, "openvino", "cpu")(photographs()[0])
+    assert "There is no device 'gpu' for openvino here: choose one of cpu.0, cpu.1." in refusal(exported, "gpu")
 
 
 def test_what_was_not_exported_by_this_package_is_refused(folder: Path, exported: Path) -> None:
